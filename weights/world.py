@@ -17,12 +17,16 @@ what DreamBooth is there to teach.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tinydb.pictures import grid
 
 RGB = tuple[int, int, int]
 
@@ -626,14 +630,6 @@ def render_subject(name: str, place: str, rng: np.random.Generator, size: int = 
     return compose(SUBJECTS[name].noun, SUBJECTS[name].look, place, rng, size)
 
 
-def contact_sheet(images: list[Image.Image], columns: int) -> Image.Image:
-    width, height = images[0].size
-    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height))
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * width, i // columns * height))
-    return sheet
-
-
 def main():
     parser = argparse.ArgumentParser(description="Write the subjects' pictures.")
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="also draw 80 random scenes into FILE")
@@ -645,7 +641,7 @@ def main():
             render_subject(name, place, np.random.default_rng(i)).save(folder / f"{i}.png", optimize=True)
     if args.sheet:
         rng = np.random.default_rng(0)
-        contact_sheet([render(sample_scene(rng), rng, 128) for _ in range(80)], columns=10).save(args.sheet)
+        grid([render(sample_scene(rng), rng, 128) for _ in range(80)], columns=10).save(args.sheet)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,104 @@
+"""The mathematics of diffusion: noise schedule, forward process, training target, DDIM, classifier-free guidance.
+
+Nothing here knows a network: sampling takes any callable that predicts what the schedule's `prediction_type` says.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tinydb.config import InputError, ScheduleConfig
+
+
+class NoiseSchedule:
+    """q(x_t | x_0) = N(sqrt(alphas_cumprod_t) x_0, (1 - alphas_cumprod_t) I)  (arXiv 2006.11239, equation 4)."""
+
+    def __init__(self, config: ScheduleConfig):
+        self.config = config
+        if config.beta_schedule == "linear":
+            betas = np.linspace(config.beta_start, config.beta_end, config.num_train_timesteps)
+        else:  # scaled_linear: the square roots are evenly spaced
+            betas = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_train_timesteps) ** 2
+        self.alphas_cumprod = torch.from_numpy(np.cumprod(1 - betas)).float()  # the product itself in float64
+
+    def coefficients(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(alphas_cumprod_t) and sqrt(1 - alphas_cumprod_t), (B,) -> (B, 1, 1, 1) each, placed like `like`."""
+        alphas_cumprod = self.alphas_cumprod[timesteps.cpu()].to(like.device, like.dtype).view(-1, 1, 1, 1)
+        return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The forward process in one jump: x_t = sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t) noise."""
+        alpha, sigma = self.coefficients(timesteps, latents)
+        return alpha * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the network learns to predict: the noise, or v = alpha noise - sigma x_0 (arXiv 2202.00512, app. D)."""
+        if self.config.prediction_type == "epsilon":
+            return noise
+        alpha, sigma = self.coefficients(timesteps, latents)
+        return alpha * noise - sigma * latents
+
+    def split(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """What a prediction says of `noisy`: the clean latents x_0 and the noise in it."""
+        alpha, sigma = self.coefficients(timesteps, noisy)
+        if self.config.prediction_type == "epsilon":
+            return (noisy - sigma * prediction) / alpha, prediction
+        return alpha * noisy - sigma * prediction, alpha * prediction + sigma * noisy
+
+
+def ddim_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
+    """`steps` evenly spaced timesteps from noisy to clean, shifted by one as Stable Diffusion samples: 981, 961 ... 1."""
+    limit = schedule.config.num_train_timesteps - 1
+    if not 1 <= steps <= limit:
+        raise InputError(f"steps {steps}: expected 1 to {limit}, the timesteps that the model was trained on")
+    stride = schedule.config.num_train_timesteps // steps
+    return [i * stride + 1 for i in reversed(range(steps))]
+
+
+def ddim_step(schedule: NoiseSchedule, prediction: Tensor, latents: Tensor, timestep: int, previous: int,
+              eta: float = 0.0, generators: list[torch.Generator] | None = None) -> Tensor:
+    """One step x_t -> x_previous of DDIM (arXiv 2010.02502, equation 12).
+
+    `eta` 0 is deterministic; 1 is DDPM's variance, its noise drawn from one generator per picture. The last step's `previous` lies before 0, where alphas_cumprod
+    stays that of timestep 0.
+    """
+    clean, noise = schedule.split(prediction, latents, torch.tensor([timestep]))
+    alpha_t, alpha_prev = (schedule.alphas_cumprod[max(t, 0)].item() for t in (timestep, previous))
+    sigma = eta * ((1 - alpha_prev) / (1 - alpha_t) * (1 - alpha_t / alpha_prev)) ** 0.5  # equation 16
+    latents = alpha_prev**0.5 * clean + (1 - alpha_prev - sigma**2) ** 0.5 * noise
+    if eta > 0:
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
+        latents = latents + sigma * noise.to(latents)
+    return latents
+
+
+def guided(model: Callable[[Tensor, Tensor, Tensor], Tensor], text_embeds: Tensor, negative_embeds: Tensor,
+           guidance_scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Classifier-free guidance (arXiv 2207.12598, equation 6): uncond + guidance_scale * (cond - uncond).
+
+    `text_embeds` and `negative_embeds` are (B, T, C). Both predictions come from one forward of twice the batch;
+    at scale 1 the formula leaves only the conditional one, and only that is computed.
+    """
+    def conditional(latents: Tensor, timesteps: Tensor) -> Tensor:
+        return model(latents, timesteps, text_embeds)
+
+    def both(latents: Tensor, timesteps: Tensor) -> Tensor:
+        prediction = model(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), embeds)
+        uncond, cond = prediction.chunk(2)
+        return uncond + guidance_scale * (cond - uncond)
+
+    embeds = torch.cat([negative_embeds, text_embeds])
+    return conditional if guidance_scale == 1 else both
+
+
+def sample(schedule: NoiseSchedule, denoiser: Callable[[Tensor, Tensor], Tensor], latents: Tensor, steps: int,
+           eta: float = 0.0, generators: list[torch.Generator] | None = None) -> Iterator[Tensor]:
+    """DDIM from pure noise `latents` (B, C, h, w); yields the latents after each step, the last ones being the result."""
+    stride = schedule.config.num_train_timesteps // steps if steps > 0 else 0
+    for timestep in ddim_timesteps(schedule, steps):
+        timesteps = torch.full((len(latents),), timestep, device=latents.device)
+        prediction = denoiser(latents, timesteps)
+        latents = ddim_step(schedule, prediction, latents, timestep, timestep - stride, eta, generators)
+        yield latents

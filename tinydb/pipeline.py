@@ -1,0 +1,177 @@
+"""Stable Diffusion put together: the parts of a model folder, and how a prompt becomes pictures."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tinydb.clip import CLIPTextModel
+from tinydb.config import (InputError, ModelInfo, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, read_json, require,
+                           write_json)
+from tinydb.diffusion import NoiseSchedule, guided, sample
+from tinydb.pictures import to_images
+from tinydb.tokenizer import PLACEHOLDER, CLIPTokenizer
+from tinydb.unet import UNet2DConditionModel
+from tinydb.vae import AutoencoderKL
+from tinydb.weights import load_model, save_model, written_whole
+
+DEFAULT_IDENTIFIER = "ohwx"  # one rare token of CLIP's vocabulary, and of the embedded model's
+DECODE_BATCH = 8  # pictures decoded at once: at full size the decoder needs more memory than the UNet
+
+MODEL_INDEX = {  # what diffusers looks for first
+    "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0", "requires_safety_checker": False,
+    "feature_extractor": [None, None], "image_encoder": [None, None], "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+@dataclass
+class StableDiffusion:
+    """A text-to-image model. `load` makes one from a folder; `generate` is the short way to pictures."""
+
+    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    tokenizer: CLIPTokenizer
+    schedule: NoiseSchedule
+    info: ModelInfo
+
+    def __post_init__(self):
+        width, context = self.text_encoder.config.hidden_size, self.unet.config.cross_attention_dim
+        require(width == context, f"the text encoder is {width} wide, the UNet attends to {context}: parts of two models")
+        latents, channels = self.vae.config.latent_channels, self.unet.config.in_channels
+        require(latents == channels, f"the VAE makes {latents} latent channels, the UNet takes {channels}: an inpainting "
+                                     "model, or parts of two models")
+        positions, vocabulary = self.text_encoder.config.max_position_embeddings, self.text_encoder.config.vocab_size
+        require(self.tokenizer.max_length <= positions and max(self.tokenizer.vocab.values()) < vocabulary,
+                f"the tokenizer gives {self.tokenizer.max_length} ids up to {max(self.tokenizer.vocab.values())}, the "
+                f"text encoder takes {positions} below {vocabulary}: parts of two models")
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.conv_in.weight.dtype
+
+    @property
+    def identifier(self) -> str:
+        """The word that [V] stands for."""
+        return self.info.identifier or DEFAULT_IDENTIFIER
+
+    @property
+    def resolution(self) -> int:
+        """Side in pixels of the pictures that the model was trained on."""
+        return self.unet.config.sample_size * self.vae.config.factor
+
+    def encode_prompt(self, prompts: str | list[str]) -> Tensor:
+        """Prompts, with the identifier for [V] -> text_embeds (B, T, C)."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        ids = self.tokenizer.encode([prompt.replace(PLACEHOLDER, self.identifier) for prompt in prompts])
+        return self.text_encoder(ids.to(self.device))
+
+    def initial_latents(self, generators: list[torch.Generator], size: tuple[int, int] | None = None) -> Tensor:
+        """Pure noise (B, C, height / factor, width / factor) for pictures of `size` (width, height), drawn on the
+        CPU so that a seed means the same picture on every device."""
+        width, height = size or (self.resolution, self.resolution)
+        factor = self.vae.config.factor
+        require(width > 0 and height > 0 and width % factor == 0 and height % factor == 0,
+                f"size {width}x{height}: width and height must be positive multiples of {factor}")
+        shape = (self.unet.config.in_channels, height // factor, width // factor)
+        return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+    @torch.inference_mode()
+    def denoise(self, prompts: str | list[str], *, steps: int | None = None, guidance_scale: float | None = None,
+                seed: int = 0, negative: str = "", size: tuple[int, int] | None = None, latents: Tensor | None = None,
+                eta: float = 0.0) -> Iterator[Tensor]:
+        """The latents (B, C, h, w) after each of `steps` DDIM steps, noisy to clean; arguments as in `generate`."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        steps = self.info.recipe.sample_steps if steps is None else steps
+        guidance_scale = self.info.recipe.guidance if guidance_scale is None else guidance_scale
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+        latents = self.initial_latents(generators, size) if latents is None else latents
+
+        def unet(noisy: Tensor, timesteps: Tensor, text_embeds: Tensor) -> Tensor:
+            return self.unet(noisy.to(self.dtype), timesteps, text_embeds).float()
+
+        denoiser = guided(unet, self.encode_prompt(prompts), self.encode_prompt([negative] * len(prompts)),
+                          guidance_scale)
+        yield from sample(self.schedule, denoiser, latents.to(self.device, torch.float32), steps, eta, generators)
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Clean latents (B, C, h, w) -> B pictures."""
+        parts = [self.vae.decode(part.to(self.dtype)) for part in latents.split(DECODE_BATCH)]
+        return to_images(torch.cat(parts))
+
+    def generate(self, prompts: str | list[str], **options) -> list[Image.Image]:
+        """One picture for each prompt.
+
+        Options: `steps` of DDIM and `guidance_scale` (None: the model's recipe), `seed` (picture i uses seed + i),
+        `negative` prompt, `size` (width, height), `latents` (B, C, h, w) to start from instead of noise from the seed,
+        `eta` (0 deterministic, 1 as noisy as DDPM).
+        """
+        for latents in self.denoise(prompts, **options):
+            pass
+        return self.decode(latents)
+
+    def to(self, device: torch.device | str) -> "StableDiffusion":
+        """Move the networks to a device."""
+        for model in (self.text_encoder, self.unet, self.vae):
+            model.to(device)
+        return self
+
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+        """Write the model folder, which diffusers opens as well; it appears whole or not at all."""
+        with written_whole(Path(folder)) as path:
+            for part in ("text_encoder", "unet", "vae"):
+                save_model(getattr(self, part), path, part, dtype)
+                write_json(path / part / "config.json", getattr(self, part).config.to_dict())
+            (path / "scheduler").mkdir()
+            write_json(path / "scheduler" / "scheduler_config.json", self.schedule.config.to_dict())
+            self.tokenizer.save(path / "tokenizer")
+            write_json(path / "tinydb.json", self.info.to_dict())
+            write_json(path / "model_index.json", MODEL_INDEX)
+
+
+def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> StableDiffusion:
+    """Open a Stable Diffusion 1.x or 2.x folder, ours or any that diffusers wrote in safetensors.
+
+    Raises InputError, one line with the cure, where the folder is not one or is damaged.
+    """
+    folder = Path(folder)
+    require(folder.is_dir(), f"{folder}: no such folder; expected a model folder (convert_weights.py makes one)")
+    kind = read_json(folder / "model_index.json").get("_class_name")
+    require(kind == MODEL_INDEX["_class_name"],
+            f"{folder}: a {kind}; only {MODEL_INDEX['_class_name']} (Stable Diffusion 1.x and 2.x) is supported")
+    schedule = NoiseSchedule(ScheduleConfig.read(folder / "scheduler" / "scheduler_config.json"))
+    models = [load_model(model_class, config_class.read(folder / part / "config.json"), folder, part, dtype)
+              for part, model_class, config_class in (("text_encoder", CLIPTextModel, TextConfig),
+                                                      ("unet", UNet2DConditionModel, UNetConfig),
+                                                      ("vae", AutoencoderKL, VAEConfig))]
+    tokenizer = CLIPTokenizer.read(folder / "tokenizer")
+    info = ModelInfo.read(folder / "tinydb.json")
+    return StableDiffusion(*models, tokenizer, schedule, info).to(device)
+
+
+def choose_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]:
+    """The device and number format that names from the command line stand for; "auto" takes the best there is:
+    bfloat16 on recent NVIDIA GPUs, float16 on older ones, float32 elsewhere."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {name}: not available here ({reason}); try --device cpu") from None
+    if precision == "auto":
+        recent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        precision = "bf16" if recent else "fp16" if device.type == "cuda" else "fp32"
+    return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -1,0 +1,87 @@
+"""CLIP's byte-level BPE, on the `tokenizers` library, and the placeholder [V]."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+from torch import Tensor
+
+from tinydb.config import InputError, read_json
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+PLACEHOLDER = "[V]"  # stands for the identifier in every prompt, as in the DreamBooth paper
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class CLIPTokenizer:
+    """Text to the ids that transformers' CLIPTokenizer gives with max_length padding and truncation.
+
+    `vocab` maps tokens to ids, `merges` lists the pairs to join, best first. `pad` is the padding token: the end token
+    in SD 1.x, "!" in SD 2.x. Every special token is matched anywhere in a text, the pad token included: in SD 2.x each
+    "!" becomes padding.
+    """
+
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], pad: str = EOS, max_length: int = 77):
+        missing = [token for token in (BOS, EOS, pad) if token not in vocab]
+        if missing:
+            raise InputError(f"tokenizer: no {' and no '.join(missing)} in the vocabulary; expected CLIP's vocab.json")
+        self.vocab, self.merges, self.pad, self.max_length = vocab, merges, pad, max_length
+        self.bpe = Tokenizer(BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix="</w>",
+                                 unk_token=EOS, fuse_unk=False))
+        self.bpe.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+        self.bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(WORDS), "removed", invert=True), pre_tokenizers.ByteLevel(False)])
+        self.bpe.post_processor = processors.RobertaProcessing((EOS, vocab[EOS]), (BOS, vocab[BOS]), False, False)
+        self.bpe.add_special_tokens([AddedToken(token, normalized=False) for token in (BOS, EOS, pad)])
+
+    def encode(self, text: str | list[str]) -> Tensor:
+        """One text or several -> ids (B, max_length): start, text, end, padding. A text that is too long is cut
+        before the end token; `dropped` tells what is lost."""
+        rows = [encoding.ids for encoding in self.bpe.encode_batch([text] if isinstance(text, str) else text)]
+        ids = torch.full((len(rows), self.max_length), self.vocab[self.pad])
+        for row, tokens in zip(ids, rows):
+            tokens = tokens[: self.max_length - 1] + tokens[-1:] if len(tokens) > self.max_length else tokens
+            row[: len(tokens)] = torch.tensor(tokens)
+        return ids
+
+    def dropped(self, text: str) -> str:
+        """The end of `text` that `encode` cuts off; empty where all of it fits."""
+        encoding = self.bpe.encode(text)
+        kept = encoding.offsets[self.max_length - 2 : self.max_length - 1]  # the last token that stays
+        return text[kept[0][1]:].strip() if len(encoding.ids) > self.max_length else ""
+
+    @classmethod
+    def read(cls, folder: Path) -> "CLIPTokenizer":
+        """Read a `tokenizer/` folder: vocab.json and merges.txt, or the tokenizer.json that newer programs write."""
+        settings = {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the map decides, where there is one
+            if (folder / name).exists():
+                settings |= read_json(folder / name)
+        pad = settings.get("pad_token") or EOS
+        pad = pad["content"] if isinstance(pad, dict) else pad
+        try:
+            if (folder / "vocab.json").exists():
+                vocab = read_json(folder / "vocab.json")
+                lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+                merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+            else:
+                model = read_json(folder / "tokenizer.json")["model"]
+                vocab = model["vocab"]
+                merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+        except (OSError, KeyError, TypeError) as error:
+            raise InputError(f"{folder}: not a CLIP tokenizer ({error}); expected vocab.json and merges.txt") from None
+        return cls(vocab, merges, pad, min(settings.get("model_max_length", 77), 77))
+
+    def save(self, folder: Path) -> None:
+        """Write vocab.json, merges.txt and the two files of settings, as Stable Diffusion folders carry them."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tokens = {"bos_token": BOS, "eos_token": EOS, "pad_token": self.pad, "unk_token": EOS}
+        settings = {**tokens, "model_max_length": self.max_length, "tokenizer_class": "CLIPTokenizer"}
+        merges = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.merges)
+        (folder / "vocab.json").write_text(json.dumps(self.vocab, ensure_ascii=False), encoding="utf-8")
+        (folder / "merges.txt").write_text(merges, encoding="utf-8")
+        (folder / "special_tokens_map.json").write_text(json.dumps(tokens, indent=2) + "\n", encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,110 @@
+"""Safetensors in and out: every tensor accounted for, memory-mapped, written whole or not at all."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tinydb.config import InputError, PartConfig
+
+Model = TypeVar("Model", bound=nn.Module)
+
+WEIGHT_FILES = {"text_encoder": "model.safetensors", "unet": "diffusion_pytorch_model.safetensors",
+                "vae": "diffusion_pytorch_model.safetensors"}
+
+# Names that older and newer programs gave to the same tensors; None drops a buffer that is no weight.
+RENAMES = {
+    "text_encoder": [
+        (r"(?:text_model\.)?embeddings\.position_ids", None),
+        (r"(?:text_model\.)?((?:embeddings|encoder|final_layer_norm)\..+)", r"text_model.\1"),
+    ],
+    "unet": [],
+    "vae": [
+        (r"(.+\.attentions\.0)\.query\.(.+)", r"\1.to_q.\2"),
+        (r"(.+\.attentions\.0)\.key\.(.+)", r"\1.to_k.\2"),
+        (r"(.+\.attentions\.0)\.value\.(.+)", r"\1.to_v.\2"),
+        (r"(.+\.attentions\.0)\.proj_attn\.(.+)", r"\1.to_out.0.\2"),
+    ],
+}
+
+
+def canonical_name(part: str, name: str) -> str | None:
+    """The name that a tensor of "text_encoder", "unet" or "vae" has here; None where it is no weight."""
+    for pattern, replacement in RENAMES[part]:
+        match = re.fullmatch(pattern, name)
+        if match:
+            return replacement and match.expand(replacement)
+    return name
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, memory-mapped; InputError says what is wrong with a file that is not one."""
+    try:
+        with path.open("rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                raise InputError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull` where it came from")
+        return load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; for .bin, fp16 or sharded weights run "
+                         "`python convert_weights.py FOLDER NEW_FOLDER` first") from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from None
+
+
+def load_model(model_class: type[Model], config: PartConfig, folder: Path, part: str, dtype: torch.dtype) -> Model:
+    """Build a part and fill it from `folder/part`; one InputError lists every tensor that does not fit.
+
+    The model is built on the meta device and adopts the mapped tensors, so nothing is initialised in vain.
+    """
+    path = folder / part / WEIGHT_FILES[part]
+    named = ((canonical_name(part, name), tensor) for name, tensor in read_tensors(path).items())
+    state = {name: tensor for name, tensor in named if name is not None}
+    with torch.device("meta"):
+        model = model_class(config)
+    expected = model.state_dict()
+    problems = [f"missing {name} {tuple(expected[name].shape)}" for name in expected if name not in state]
+    problems += [f"unexpected {name} {tuple(state[name].shape)}" for name in state if name not in expected]
+    problems += [f"{name} is {tuple(state[name].shape)}, config.json asks for {tuple(expected[name].shape)}"
+                 for name in expected if name in state and state[name].shape != expected[name].shape]
+    if problems:
+        raise InputError(f"{path}: {len(problems)} tensors do not fit its config.json: {'; '.join(problems)}")
+    model.load_state_dict(state, assign=True)
+    return model.to(dtype).requires_grad_(False).eval()
+
+
+def save_model(model: nn.Module, folder: Path, part: str, dtype: torch.dtype) -> None:
+    """Write the weights of a part into `folder/part`, in row-major order whatever their layout in memory."""
+    (folder / part).mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / part / WEIGHT_FILES[part], metadata={"format": "pt"})
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary sibling of `path` to write a file or a folder to; it takes the place of `path` when all went well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    remove(temporary)
+    try:
+        yield temporary
+        if path.is_dir():
+            remove(path)  # a folder cannot be renamed over another
+        os.replace(temporary, path)
+    finally:
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

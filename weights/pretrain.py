@@ -1,0 +1,182 @@
+"""Train the embedded model from nothing, on the world of world.py: first the autoencoder, then text encoder and UNet.
+
+    python weights/pretrain.py                     # runs/pretrain, and at the end weights/tiny
+    python weights/pretrain.py --images 200 --vae-steps 20 --steps 20 --out runs/try --result runs/try/model
+
+The same command continues a run that was interrupted. It runs unchanged on a GPU. OUT/*.png show how far it is.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tinydb.clip import CLIPTextModel
+from tinydb.config import (InputError, ModelInfo, Parser, Recipe, ScheduleConfig, TextConfig, UNetConfig, VAEConfig,
+                           option)
+from tinydb.diffusion import NoiseSchedule
+from tinydb.pictures import grid, to_images
+from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, choose_device
+from tinydb.tokenizer import BOS, EOS, CLIPTokenizer
+from tinydb.unet import UNet2DConditionModel
+from tinydb.vae import AutoencoderKL
+from tinydb.weights import written_whole
+from world import Scene, caption, render, sample_scene
+
+SIZE = 64  # pixels
+VAE = VAEConfig(("DownEncoderBlock2D",) * 3, ("UpDecoderBlock2D",) * 3, block_out_channels=(16, 32, 64),
+                latent_channels=8, norm_num_groups=8, scaling_factor=1.0, sample_size=SIZE)
+UNET = UNetConfig(sample_size=SIZE // VAE.factor, in_channels=8, out_channels=8,
+                  down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                  up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                  block_out_channels=(64, 128, 192), layers_per_block=1, cross_attention_dim=128,
+                  attention_head_dim=4, norm_num_groups=16)
+TEXT = TextConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4)
+# Stable Diffusion's schedule; v_prediction, since a small network learns the layout, decided at high noise, sooner
+SCHEDULE = ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                          prediction_type="v_prediction")
+PREVIEW_PROMPTS = [
+    "a red dog on the moon", "a blue cat on the beach", "a yellow spotted robot in the snow", "a green car at night",
+    "a white house in the forest", "a pink striped fish under the sea", "an orange boat in a room",
+    "a purple teapot on the grass", "a photo of a dog", "a brown dog in the city wearing a red hat",
+]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line."""
+
+    out: str = option("runs/pretrain", "folder of scenes, checkpoints and previews")
+    result: str = option("weights/tiny", "model folder to write at the end")
+    images: int = option(30000, "scenes to render", type=int)
+    vae_steps: int = option(12000, "steps of the autoencoder", type=int)
+    vae_batch: int = option(8, "crops a step", type=int)
+    vae_lr: float = option(2e-3, "learning rate of the autoencoder", type=float)
+    steps: int = option(8000, "steps of text encoder and UNet", type=int)
+    batch: int = option(16, "pictures a step", type=int)
+    lr: float = option(8e-4, "learning rate of text encoder and UNet", type=float)
+    seed: int = option(0, "decides everything random", type=int)
+    device: str = option("auto", "cpu, cuda, mps, ... or auto")
+
+
+def draw_scenes(count: int, seed: int, out: Path) -> tuple[np.ndarray, list[Scene]]:
+    """`count` scenes that are not held out: uint8 pictures (count, 64, 64, 3), kept in OUT, and what they show."""
+    path = out / f"scenes-{seed}-{count}.npy"
+    rng = np.random.default_rng(seed)
+    scenes = [sample_scene(rng) for _ in range(count)]
+    if not path.exists():
+        pictures = [np.asarray(render(scene, rng)) for scene in tqdm(scenes, "drawing the world")]
+        with written_whole(path) as temporary, temporary.open("wb") as file:
+            np.save(file, np.stack(pictures))
+    return np.load(path, mmap_mode="r"), scenes
+
+
+def to_tensor(pictures: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) -> (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def train(name: str, model: nn.Module, loss_of: Callable[[np.random.Generator], Tensor], steps: int, lr: float,
+          seed: int, out: Path, preview: Callable[[nn.Module], str]) -> nn.Module:
+    """Train `model` in place and return its moving average, which is the better model.
+
+    `loss_of(rng)` draws a batch and returns the loss; the rng of a step depends on seed and step alone, so a run that
+    continues sees what it would have seen. `preview(average)` may draw pictures, and returns a line to print.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    average = deepcopy(model).requires_grad_(False)
+    checkpoint, start = out / f"{name}.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        start = state["step"]
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+
+    progress = tqdm(range(start, steps), name, initial=start, total=steps, smoothing=0.02)
+    smooth_loss = None
+    for step in progress:
+        decay = 0.5 * (1 + math.cos(math.pi * max(0, 2 * step / steps - 1)))  # flat, then half a cosine to 0
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 200) * decay
+        loss = loss_of(np.random.default_rng([seed, step]))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1)
+        optimizer.step()
+        optimizer.zero_grad()
+        keep = min(0.999, (1 + step) / (10 + step))  # the average forgets the beginning fast
+        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
+
+        if step % 20 == 0:
+            smooth_loss = loss.item() if smooth_loss is None else 0.9 * smooth_loss + 0.1 * loss.item()
+            progress.set_postfix(loss=f"{smooth_loss:.4f}", lr=f"{group['lr']:.1e}")
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            with written_whole(checkpoint) as temporary:
+                torch.save({"step": step + 1, "model": model.state_dict(), "average": average.state_dict(),
+                            "optimizer": optimizer.state_dict()}, temporary)
+            with torch.no_grad():
+                progress.write(f"{name} step {step + 1}: loss {smooth_loss:.4f}, {preview(average)}")
+    return average
+
+
+def train_vae(settings: Settings, pictures: np.ndarray, out: Path, device: torch.device) -> AutoencoderKL:
+    """The autoencoder, on 32x32 crops: L1 + L2 and a KL term so light that it only keeps the latents bounded."""
+    torch.manual_seed(settings.seed)
+    vae = AutoencoderKL(VAE).to(device, memory_format=torch.channels_last)
+    with torch.no_grad():
+        vae.quant_conv.bias[VAE.latent_channels:] = -8  # start with hardly any noise on the latents
+        for name, parameter in vae.named_parameters():
+            if name.endswith(("conv2.weight", "to_out.0.weight")):
+                parameter.zero_()  # start with every residual branch silent
+
+    def loss_of(rng: np.random.Generator) -> Tensor:
+        chosen = rng.integers(len(pictures), size=settings.vae_batch)
+        corners = rng.integers(SIZE // 2 + 1, size=(settings.vae_batch, 2))
+        crops = np.stack([pictures[i, y : y + SIZE // 2, x : x + SIZE // 2] for i, (y, x) in zip(chosen, corners)])
+        if rng.random() < 0.5:  # colours that the world lacks: subjects, photographs
+            crops = np.ascontiguousarray(crops[..., rng.permutation(3)])
+        pixels = to_tensor(crops).to(device, memory_format=torch.channels_last)
+        mean, std = vae.encode(pixels)
+        noise = torch.from_numpy(rng.standard_normal(mean.shape, np.float32)).to(device)
+        error = vae.decode(mean + std * noise) - pixels
+        kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
+        return error.abs().mean() + error.square().mean() + 1e-5 * kl
+
+    unseen, _ = draw_scenes(128, settings.seed + 1, out)
+    pixels = to_tensor(unseen[:]).to(device)
+
+    def preview(average: AutoencoderKL) -> str:
+        decoded = torch.cat([average.decode(average.encode(part)[0]) for part in pixels.split(32)]).clamp(-1, 1)
+        psnr = 10 * torch.log10(4 / (decoded - pixels).square().mean((1, 2, 3)))  # peak to peak is 2
+        grid(to_images(torch.cat([pixels[:16], decoded[:16]])), 8).save(out / "vae.png")
+        return f"PSNR on unseen scenes {psnr.mean():.2f} dB"
+
+    return train("vae", vae, loss_of, settings.vae_steps, settings.vae_lr, settings.seed, out, preview)
+
+
+def main(settings: Settings):
+    out = Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    device, _ = choose_device(settings.device, "fp32")
+    pictures, scenes = draw_scenes(settings.images, settings.seed, out)
+    vae = train_vae(settings, pictures, out, device)
+
+
+if __name__ == "__main__":
+    parser = Parser(Settings, __doc__.splitlines()[0])
+    try:
+        main(Settings(**vars(parser.parse_args())))
+    except InputError as error:
+        parser.error(str(error))

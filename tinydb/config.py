@@ -262,11 +262,12 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, settings: type, description: str):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False)
         for f in fields(settings):
             argument = dict(f.metadata)
             flag = argument.pop("flag", "--" + f.name.replace("_", "-"))
+            if f.default not in (MISSING, None, "", False):
+                argument["help"] += " (default: %(default)s)"
             if f.default is MISSING:
                 self.add_argument(f.name, **argument)
             elif f.type is bool:

@@ -21,6 +21,9 @@ from tinydb.weights import load_model, save_model, written_whole
 DEFAULT_IDENTIFIER = "ohwx"  # one rare token of CLIP's vocabulary, and of the embedded model's
 DECODE_BATCH = 8  # pictures decoded at once: at full size the decoder needs more memory than the UNet
 
+PARTS = {"text_encoder": (CLIPTextModel, TextConfig), "unet": (UNet2DConditionModel, UNetConfig),
+         "vae": (AutoencoderKL, VAEConfig)}
+
 MODEL_INDEX = {  # what diffusers looks for first
     "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0", "requires_safety_checker": False,
     "feature_extractor": [None, None], "image_encoder": [None, None], "safety_checker": [None, None],
@@ -130,14 +133,20 @@ class StableDiffusion:
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write the model folder, which diffusers opens as well; it appears whole or not at all."""
         with written_whole(Path(folder)) as path:
-            for part in ("text_encoder", "unet", "vae"):
+            self.save_settings(path)
+            for part in PARTS:
                 save_model(getattr(self, part), path, part, dtype)
-                write_json(path / part / "config.json", getattr(self, part).config.to_dict())
-            (path / "scheduler").mkdir()
-            write_json(path / "scheduler" / "scheduler_config.json", self.schedule.config.to_dict())
-            self.tokenizer.save(path / "tokenizer")
-            write_json(path / "tinydb.json", self.info.to_dict())
-            write_json(path / "model_index.json", MODEL_INDEX)
+
+    def save_settings(self, folder: Path) -> None:
+        """Write everything that a model folder holds besides the weights."""
+        for part in PARTS:
+            (folder / part).mkdir(parents=True)
+            write_json(folder / part / "config.json", getattr(self, part).config.to_dict())
+        (folder / "scheduler").mkdir()
+        write_json(folder / "scheduler" / "scheduler_config.json", self.schedule.config.to_dict())
+        self.tokenizer.save(folder / "tokenizer")
+        write_json(folder / "tinydb.json", self.info.to_dict())
+        write_json(folder / "model_index.json", MODEL_INDEX)
 
 
 def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> StableDiffusion:
@@ -152,9 +161,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
             f"{folder}: a {kind}; only {MODEL_INDEX['_class_name']} (Stable Diffusion 1.x and 2.x) is supported")
     schedule = NoiseSchedule(ScheduleConfig.read(folder / "scheduler" / "scheduler_config.json"))
     models = [load_model(model_class, config_class.read(folder / part / "config.json"), folder, part, dtype)
-              for part, model_class, config_class in (("text_encoder", CLIPTextModel, TextConfig),
-                                                      ("unet", UNet2DConditionModel, UNetConfig),
-                                                      ("vae", AutoencoderKL, VAEConfig))]
+              for part, (model_class, config_class) in PARTS.items()]
     tokenizer = CLIPTokenizer.read(folder / "tokenizer")
     info = ModelInfo.read(folder / "tinydb.json")
     return StableDiffusion(*models, tokenizer, schedule, info).to(device)

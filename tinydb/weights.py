@@ -33,11 +33,21 @@ RENAMES = {
         (r"(.+\.attentions\.0)\.value\.(.+)", r"\1.to_v.\2"),
         (r"(.+\.attentions\.0)\.proj_attn\.(.+)", r"\1.to_out.0.\2"),
     ],
+    "single_file": [  # the original LDM layout, all parts in one file
+        (r"betas|\w*alphas_cumprod(?:_prev)?|posterior_\w+", None),  # the twelve buffers of the noise schedule
+        (r"model_ema\..+", None),  # a second, averaged UNet; the trained one is what diffusers and A1111 take
+        (r"first_stage_model\.loss\..+", None),  # the discriminator that the VAE was trained against
+        (r"cond_stage_model\.transformer\.(?:text_model\.)?embeddings\.position_ids", None),
+        (r"cond_stage_model\.(?:model\.)?(?:text_projection|logit_scale|attn_mask)", None),
+        (r"cond_stage_model\.transformer\.text_projection\.weight", None),
+        (r"cond_stage_model\.model\.transformer\.resblocks\.23\..+", None),  # SD 2.x stops at the last but one
+        (r"(cond_stage_model\.transformer)\.((?:embeddings|encoder|final_layer_norm)\..+)", r"\1.text_model.\2"),
+    ],
 }
 
 
 def canonical_name(part: str, name: str) -> str | None:
-    """The name that a tensor of "text_encoder", "unet" or "vae" has here; None where it is no weight."""
+    """The usual name of a tensor of "text_encoder", "unet", "vae" or "single_file"; None where it is no weight."""
     for pattern, replacement in RENAMES[part]:
         match = re.fullmatch(pattern, name)
         if match:
@@ -45,12 +55,17 @@ def canonical_name(part: str, name: str) -> str | None:
     return name
 
 
+def refuse_pointer(path: Path) -> None:
+    """InputError where a file is what git-lfs leaves in its place."""
+    with path.open("rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise InputError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull` where it came from")
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, memory-mapped; InputError says what is wrong with a file that is not one."""
     try:
-        with path.open("rb") as file:
-            if file.read(40).startswith(b"version https://git-lfs"):
-                raise InputError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull` where it came from")
+        refuse_pointer(path)
         return load_file(path)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; for .bin, fp16 or sharded weights run "
@@ -60,12 +75,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_model(model_class: type[Model], config: PartConfig, folder: Path, part: str, dtype: torch.dtype) -> Model:
-    """Build a part and fill it from `folder/part`; one InputError lists every tensor that does not fit.
+    """Build a part and fill it from `folder/part`; one InputError lists every tensor that does not fit."""
+    path = folder / part / WEIGHT_FILES[part]
+    return fit_model(model_class, config, part, read_tensors(path), path).to(dtype)
+
+
+def fit_model(model_class: type[Model], config: PartConfig, part: str, tensors: dict[str, Tensor],
+              source: Path) -> Model:
+    """Build a part and fill it with `tensors`, in their own precision; `source` names them in the one InputError that
+    lists every tensor that does not fit.
 
     The model is built on the meta device and adopts the mapped tensors, so nothing is initialised in vain.
     """
-    path = folder / part / WEIGHT_FILES[part]
-    named = ((canonical_name(part, name), tensor) for name, tensor in read_tensors(path).items())
+    named = ((canonical_name(part, name), tensor) for name, tensor in tensors.items())
     state = {name: tensor for name, tensor in named if name is not None}
     with torch.device("meta"):
         model = model_class(config)
@@ -75,13 +97,14 @@ def load_model(model_class: type[Model], config: PartConfig, folder: Path, part:
     problems += [f"{name} is {tuple(state[name].shape)}, config.json asks for {tuple(expected[name].shape)}"
                  for name in expected if name in state and state[name].shape != expected[name].shape]
     if problems:
-        raise InputError(f"{path}: {len(problems)} tensors do not fit its config.json: {'; '.join(problems)}")
+        raise InputError(f"{source}: {len(problems)} tensors do not fit its config.json: {'; '.join(problems)}")
     model.load_state_dict(state, assign=True)
-    return model.to(dtype).requires_grad_(False).eval()
+    return model.requires_grad_(False).eval()
 
 
-def save_model(model: nn.Module, folder: Path, part: str, dtype: torch.dtype) -> None:
-    """Write the weights of a part into `folder/part`, in row-major order whatever their layout in memory."""
+def save_model(model: nn.Module, folder: Path, part: str, dtype: torch.dtype | None) -> None:
+    """Write the weights of a part into `folder/part`, in row-major order whatever their layout in memory; a `dtype` of
+    None keeps their precision."""
     (folder / part).mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / part / WEIGHT_FILES[part], metadata={"format": "pt"})

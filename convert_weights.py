@@ -1,0 +1,459 @@
+"""Convert Stable Diffusion 1.x and 2.x from what people have to what their tools open.
+
+    python convert_weights.py stable-diffusion-v1-5/stable-diffusion-v1-5 models/sd15   # from the hub
+    python convert_weights.py checkpoint.ckpt models/mine                               # a downloaded single file
+    python convert_weights.py old_folder models/mine                                    # .bin, fp16 names, shards
+    python convert_weights.py runs/dog/model dog.safetensors --half                     # for A1111 and ComfyUI
+
+A folder is what tinydb and diffusers open. A single file is in the layout of the original LDM code, and carries the
+folder's settings and tokenizer in its metadata, so that it comes back as the very same folder. Tensors keep the
+precision that they have on disk, unless --half.
+"""
+
+import json
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event, Thread
+
+import torch
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from tinydb.config import (InputError, ModelInfo, Parser, PartConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig,
+                           option, read_json, require)
+from tinydb.diffusion import NoiseSchedule
+from tinydb.pipeline import MODEL_INDEX, PARTS, StableDiffusion
+from tinydb.tokenizer import EOS, CLIPTokenizer
+from tinydb.weights import (RENAMES, WEIGHT_FILES, canonical_name, fit_model, read_tensors, refuse_pointer, save_model,
+                            written_whole)
+
+PREFIXES = {"text_encoder": "cond_stage_model.", "unet": "model.diffusion_model.", "vae": "first_stage_model."}
+
+# Our names, which are diffusers', and LDM's. The rows are applied in order, each to the beginning of a name; what no row
+# changes is the same in both. {i} is a level, {j} a block in it; `counted` works out what LDM counts in another way.
+TABLE = {
+    "unet": {
+        "{resnet}.norm1": "{resnet}.in_layers.0",
+        "{resnet}.conv1": "{resnet}.in_layers.2",
+        "{resnet}.time_emb_proj": "{resnet}.emb_layers.1",
+        "{resnet}.norm2": "{resnet}.out_layers.0",
+        "{resnet}.conv2": "{resnet}.out_layers.3",
+        "{resnet}.conv_shortcut": "{resnet}.skip_connection",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_in": "input_blocks.0.0",
+        "down_blocks.{i}.resnets.{j}": "input_blocks.{down}.0",
+        "down_blocks.{i}.attentions.{j}": "input_blocks.{down}.1",
+        "down_blocks.{i}.downsamplers.0.conv": "input_blocks.{down_end}.0.op",
+        "mid_block.resnets.0": "middle_block.0",
+        "mid_block.attentions.0": "middle_block.1",
+        "mid_block.resnets.1": "middle_block.2",
+        "up_blocks.{i}.resnets.{j}": "output_blocks.{up}.0",
+        "up_blocks.{i}.attentions.{j}": "output_blocks.{up}.1",
+        "up_blocks.{i}.upsamplers.0": "output_blocks.{up_end}.{behind}",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    },
+    "vae": {
+        "{resnet}.conv_shortcut": "{resnet}.nin_shortcut",
+        "encoder.down_blocks.{i}.resnets.{j}": "encoder.down.{i}.block.{j}",
+        "encoder.down_blocks.{i}.downsamplers.0": "encoder.down.{i}.downsample",
+        "decoder.up_blocks.{i}.resnets.{j}": "decoder.up.{height}.block.{j}",
+        "decoder.up_blocks.{i}.upsamplers.0": "decoder.up.{height}.upsample",
+        "{coder}.mid_block.resnets.0": "{coder}.mid.block_1",
+        "{coder}.mid_block.resnets.1": "{coder}.mid.block_2",
+        "{coder}.mid_block.attentions.0.group_norm": "{coder}.mid.attn_1.norm",
+        "{coder}.mid_block.attentions.0.to_{qkv}": "{coder}.mid.attn_1.{qkv}",
+        "{coder}.mid_block.attentions.0.to_out.0": "{coder}.mid.attn_1.proj_out",
+        "{coder}.conv_norm_out": "{coder}.norm_out",
+    },
+    "quick_gelu": {  # OpenAI's CLIP, as transformers names it
+        "text_model": "transformer.text_model",
+    },
+    "gelu": {  # OpenCLIP, which makes one tensor of q, k and v
+        "text_model.embeddings.token_embedding": "model.token_embedding",
+        "text_model.embeddings.position_embedding.weight": "model.positional_embedding",
+        "text_model.encoder.layers.{i}.layer_norm{j}": "model.transformer.resblocks.{i}.ln_{j}",
+        "text_model.encoder.layers.{i}.self_attn.{qkv}_proj.{kind}": "model.transformer.resblocks.{i}.attn.in_proj_{kind}",
+        "text_model.encoder.layers.{i}.self_attn.out_proj": "model.transformer.resblocks.{i}.attn.out_proj",
+        "text_model.encoder.layers.{i}.mlp.fc1": "model.transformer.resblocks.{i}.mlp.c_fc",
+        "text_model.encoder.layers.{i}.mlp.fc2": "model.transformer.resblocks.{i}.mlp.c_proj",
+        "text_model.final_layer_norm": "model.ln_final",
+    },
+}
+PLACES = {"i": r"\d+", "j": r"\d+", "qkv": "[qkv]", "kind": "weight|bias", "coder": "encoder|decoder",
+          "resnet": r".+\.resnets\.\d+"}
+
+REFUSED = {  # tensors that give away what is not ours to convert
+    r"lora_(unet|te)\w*\..+|.+[._]lora[._].+": "a LoRA; merge it into its base model, then convert that",
+    r"control_model\..+|(.+\.)?(input_hint_block|controlnet_cond_embedding)\..+": "a ControlNet",
+    r"conditioner\.embedders\.1\..+": "an SDXL model",
+    r"conditioner\.embedders\.0\..+": "an SDXL refiner",
+    r"(.+\.)?label_emb\..+": "an SDXL or unCLIP model",
+    r"(.+\.)?(joint_blocks|double_blocks)\..+": "a Stable Diffusion 3 or Flux model",
+}
+HARMLESS = r"(pytorch_lightning|lightning|lightning_fabric|numpy)\..+"  # in old checkpoints, beside the weights
+CLIP_REPO = "openai/clip-vit-large-patch14"  # its vocabulary is that of Stable Diffusion 1.x and 2.x
+V_PREDICTION_STD = 0.09  # ComfyUI's observation on the SD 2.x models that there are (comfy/supported_models.py, SD20)
+
+
+@dataclass(frozen=True)
+class Description:
+    """A model folder without its weights."""
+
+    text_encoder: TextConfig
+    unet: UNetConfig
+    vae: VAEConfig
+    schedule: ScheduleConfig
+    info: ModelInfo
+    tokenizer: CLIPTokenizer | None = None
+
+
+SD1 = Description(
+    TextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12),
+    UNetConfig(cross_attention_dim=768),
+    VAEConfig(("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4, (128, 256, 512, 512), 2, sample_size=512),
+    ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+    ModelInfo(base={"name": "Stable Diffusion 1.x", "license": "CreativeML Open RAIL-M"}))
+SD2 = replace(
+    SD1,
+    text_encoder=TextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16,
+                            hidden_act="gelu"),
+    unet=UNetConfig(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
+    info=ModelInfo(base={"name": "Stable Diffusion 2.x", "license": "CreativeML Open RAIL++-M"}))
+
+
+def counted(config: UNetConfig | VAEConfig, i: int, j: int) -> dict[str, int]:
+    """The numbers of LDM's names for block `j` of level `i`: it counts the UNet's blocks through all levels, samplers
+    among them, and the levels of the VAE's decoder from the finest."""
+    blocks = config.layers_per_block + 1
+    return {"down": 1 + blocks * i + j, "down_end": blocks * (i + 1), "up": blocks * i + j,
+            "up_end": blocks * (i + 1) - 1, "behind": 2 if "CrossAttn" in config.up_block_types[i] else 1,
+            "height": len(config.block_out_channels) - 1 - i}
+
+
+def single_file_names(part: str, config: PartConfig) -> dict[str, list[str]]:
+    """LDM's name of every tensor of a part -> ours; q, k and v where one of LDM's is three of ours."""
+    with torch.device("meta"):
+        ours = PARTS[part][0](config).state_dict()
+    names = {}
+    for our_name in ours:
+        name = our_name
+        for row, template in TABLE[config.hidden_act if part == "text_encoder" else part].items():
+            pattern = re.sub(r"\\\{(\w+)\\\}", lambda place: f"(?P<{place[1]}>{PLACES[place[1]]})", re.escape(row))
+            match = re.fullmatch(pattern + r"(?P<rest>(\..+)?)", name)
+            if match:
+                places = match.groupdict()
+                if part != "text_encoder":
+                    places |= counted(config, int(places.get("i", 0)), int(places.get("j", 0)))
+                name = template.format(**places) + places["rest"]
+        names.setdefault(PREFIXES[part] + name, []).append(our_name)
+    return names
+
+
+def to_single_file(sd: StableDiffusion, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors of a model under LDM's names."""
+    tensors = {}
+    for part in PARTS:
+        state = getattr(sd, part).state_dict()
+        for name, ours in single_file_names(part, getattr(sd, part).config).items():
+            tensor = torch.cat([state[our_name] for our_name in ours]) if len(ours) > 1 else state[ours[0]]
+            if ".attn_1." in name and tensor.dim() == 2:
+                tensor = tensor[:, :, None, None]
+            tensors[name] = tensor.to("cpu", dtype).contiguous()
+    return tensors
+
+
+class Inert:
+    """What a name in a pickle stands for here: it takes anything and does nothing."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .ckpt or .bin file. Nothing in it is ever run: PyTorch's restricted unpickler reads it, with
+    inert stand-ins for names that old checkpoints carry along; any other name is an InputError."""
+    refuse_pointer(path)
+    zipped = zipfile.is_zipfile(path)
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+        foreign = sorted(name for name in names if not re.fullmatch(HARMLESS, name))
+        require(not foreign, f"{path}: refused, it asks to run {', '.join(foreign)}; get a .safetensors of this model")
+        with torch.serialization.safe_globals([(type("Inert", (Inert,), {}), name) for name in names]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"refused, it asks to run {asked[1]}" if asked else f"not a whole checkpoint ({first_line(error)})"
+        raise InputError(f"{path}: {reason}; get a .safetensors of this model, or download it again") from None
+    while isinstance(content, dict) and "state_dict" in content:
+        content = content["state_dict"]
+    require(isinstance(content, dict), f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
+    return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an exception says."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a .ckpt or .bin."""
+    return read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+
+
+def weight_file(part: str, names: Iterable[str]) -> str | None:
+    """Which of the files in a part's folder to read: full precision rather than half, safetensors rather than pickle."""
+    new = WEIGHT_FILES[part].removesuffix(".safetensors")
+    old = "pytorch_model" if part == "text_encoder" else new
+    for variant in ("", ".fp16"):
+        for name in (f"{new}{variant}.safetensors", f"{new}.safetensors.index{variant}.json", f"{old}{variant}.bin",
+                     f"{old}.bin.index{variant}.json"):
+            if name in names:
+                return name
+    return None
+
+
+def describe(folder: Path) -> Description:
+    """Read everything in a model folder but its weights."""
+    configs = [config_class.read(folder / part / "config.json") for part, (_, config_class) in PARTS.items()]
+    tokenizer = CLIPTokenizer.read(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
+    return Description(*configs, ScheduleConfig.read(folder / "scheduler" / "scheduler_config.json"),
+                       ModelInfo.read(folder / "tinydb.json"), tokenizer)
+
+
+def read_folder(folder: Path) -> tuple[Description, dict[str, dict[str, Tensor]]]:
+    """A diffusers folder of any age: its description, and its tensors by part."""
+    index = next((folder / name for name in ("model_index.json", "config.json") if (folder / name).exists()), None)
+    kind = read_json(index).get("_class_name") if index else "folder without model_index.json"
+    require(kind == MODEL_INDEX["_class_name"], f"{folder}: a {kind}; expected a {MODEL_INDEX['_class_name']} (Stable "
+                                                "Diffusion 1.x or 2.x), not an SDXL, inpainting, ControlNet or LoRA")
+    description, parts = describe(folder), {}
+    for part in PARTS:
+        name = weight_file(part, {path.name for path in (folder / part).iterdir()})
+        require(name is not None, f"{folder / part}: no weights; expected {WEIGHT_FILES[part]} or an older name for it")
+        shards = set(read_json(folder / part / name)["weight_map"].values()) if name.endswith(".json") else {name}
+        parts[part] = {k: v for shard in sorted(shards) for k, v in read_file(folder / part / shard).items()}
+    return description, parts
+
+
+def read_single_file(src: Path, prediction: str | None) -> tuple[Description, dict[str, dict[str, Tensor]]]:
+    """A checkpoint in LDM's layout: its description, and its tensors by part under our names.
+
+    InputError names the tensors that are missing, or that have no place in the model.
+    """
+    stored = read_file(src)
+    names = {name: canonical_name("single_file", name) for name in stored}
+    tensors = {name: stored[given] for given, name in names.items() if name is not None}
+    metadata = {}
+    if src.suffix == ".safetensors":
+        with safe_open(src, "pt") as file:
+            metadata = file.metadata() or {}
+    description = unpack(metadata["tinydb"]) if "tinydb" in metadata else recognise(src, tensors, prediction)
+
+    places = {part: single_file_names(part, getattr(description, part)) for part in PARTS}
+    known = {name for part in PARTS for name in places[part]}
+    problems = [f"missing {name}" for name in sorted(known - tensors.keys())]
+    problems += [f"unknown {name}" for name in sorted(tensors.keys() - known)]
+    require(not problems, f"{src}: {len(problems)} tensors are not those of a Stable Diffusion checkpoint: "
+                          f"{', '.join(problems[:8])}{' ...' if len(problems) > 8 else ''}")
+    print(f"{src}: {len(known)} tensors, {len(stored) - len(known)} more are no weights and dropped")
+    parts = {part: {} for part in PARTS}
+    for part in PARTS:
+        for name, ours in places[part].items():
+            tensor = tensors[name]
+            if ".attn_1." in name and tensor.dim() == 4:
+                tensor = tensor[:, :, 0, 0]  # LDM's VAE has 1x1 convolutions where we have linear layers
+            parts[part].update(zip(ours, tensor.chunk(len(ours))))
+    return description, parts
+
+
+def pack(sd: StableDiffusion) -> str:
+    """The settings and the tokenizer of a model folder as one text."""
+    with TemporaryDirectory() as scratch:
+        sd.save_settings(Path(scratch))
+        files = [path for path in sorted(Path(scratch).rglob("*")) if path.is_file()]
+        return json.dumps({path.relative_to(scratch).as_posix(): path.read_text(encoding="utf-8") for path in files})
+
+
+def unpack(packed: str) -> Description:
+    """What `pack` packed."""
+    with TemporaryDirectory() as scratch:
+        for name, text in json.loads(packed).items():
+            path = Path(scratch, name).resolve()
+            require(path.is_relative_to(Path(scratch).resolve()), f"{name}: a path out of the model, in its metadata")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        return describe(Path(scratch))
+
+
+def recognise(src: Path, tensors: dict[str, Tensor], prediction: str | None) -> Description:
+    """What a checkpoint of other programs is, told from the names and shapes of its tensors."""
+    for pattern, kind in REFUSED.items():
+        found = next((name for name in tensors if re.fullmatch(pattern, name)), None)
+        require(found is None, f"{src}: {kind} ({found}); only Stable Diffusion 1.x and 2.x can be converted")
+    conv_in, to_k = (tensors.get(PREFIXES["unet"] + name) for name in (
+        "input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"))
+    require(conv_in is not None and to_k is not None,
+            f"{src}: not a Stable Diffusion checkpoint (it holds {next(iter(tensors), 'nothing')}); for a part of a "
+            "diffusers folder, pass the whole folder")
+    require(conv_in.shape[1] == SD1.unet.in_channels,
+            f"{src}: its UNet takes {conv_in.shape[1]} channels, not {SD1.unet.in_channels}: an inpainting, depth or "
+            "instruction model; use the text-to-image model it was made from")
+    kinds = {kind.unet.cross_attention_dim: kind for kind in (SD1, SD2)}
+    kind = kinds.get(to_k.shape[1])
+    require(kind is not None, f"{src}: its UNet attends to {to_k.shape[1]} channels, Stable Diffusion 1.x and 2.x to "
+                              f"{' and '.join(map(str, kinds))}; this is another model")
+    if kind is SD1 and prediction is None:
+        prediction = "epsilon"
+    elif prediction is None:
+        last = len(kind.unet.block_out_channels) * (kind.unet.layers_per_block + 1) - 1
+        name = f"{PREFIXES['unet']}output_blocks.{last}.1.transformer_blocks.0.norm1.bias"
+        std = tensors[name].float().std(correction=0).item() if name in tensors else 0.0
+        prediction = "v_prediction" if std > V_PREDICTION_STD else "epsilon"
+        print(f"{src}: taken for {prediction}, since the standard deviation of {name} is {std:.3f} (v_prediction above "
+              f"{V_PREDICTION_STD}); --prediction overrides this guess")
+    if kind is SD2 and prediction == "v_prediction":  # made for 768 pixels
+        kind = replace(kind, unet=replace(kind.unet, sample_size=96, upcast_attention=True),
+                       vae=replace(kind.vae, sample_size=768))
+    print(f"{src}: {kind.info.base['name']}, {prediction}")
+    return replace(kind, schedule=replace(kind.schedule, prediction_type=prediction))
+
+
+def clip_tokenizer(src: Path, folder: str | None, config: TextConfig) -> CLIPTokenizer:
+    """The tokenizer in `folder`, else CLIP's from the hub, with the padding that the text encoder was trained with."""
+    try:
+        tokenizer = CLIPTokenizer.read(Path(folder) if folder else download(CLIP_REPO, ["vocab.json", "merges.txt"]))
+    except InputError as error:
+        raise InputError(f"{src} brings no tokenizer, and {error}; pass --tokenizer with the tokenizer/ of any Stable "
+                         "Diffusion folder") from None
+    return CLIPTokenizer(tokenizer.vocab, tokenizer.merges, "!" if config.hidden_act == "gelu" else EOS)
+
+
+def download(repo: str, files: list[str] | None = None) -> Path:
+    """The folder in the hub's cache with `files` of a repository, or with what is read of the model that it holds:
+    some repositories hold the same weights five times. What is there already is not fetched again."""
+    try:
+        if files is None and constants.HF_HUB_OFFLINE:
+            files = ["model_index.json"]  # and whatever an earlier run has put beside it
+        elif files is None:
+            files = needed_files(repo, HfApi().list_repo_files(repo))
+        return Path(snapshot_download(repo, allow_patterns=files))
+    except GatedRepoError:
+        raise InputError(f"{repo}: a gated model; accept its terms on https://huggingface.co/{repo}, then `hf auth login` "
+                         "and run this again") from None
+    except RepositoryNotFoundError:
+        raise InputError(f"{repo}: no such file or folder here, and no such model on the hub, or a private one (then "
+                         "`hf auth login` first)") from None
+    except (HTTPError, OSError) as error:
+        raise InputError(f"{repo}: no such file or folder here, and the hub did not give it ({first_line(error)}); run "
+                         "this again to continue the download") from None
+
+
+def needed_files(repo: str, present: list[str]) -> list[str]:
+    """The files of a repository that are read: configs, tokenizer, one set of weights a part."""
+    require("model_index.json" in present, f"{repo}: a hub repository without model_index.json, so no diffusers model; "
+                                           "download its checkpoint and convert that file")
+    files = [name for name in present if re.fullmatch(r"(model_index|tinydb)\.json|(tokenizer|scheduler)/.+", name)]
+    for part in PARTS:
+        name = weight_file(part, {name.removeprefix(f"{part}/") for name in present}) or WEIGHT_FILES[part]
+        files += [f"{part}/config.json", f"{part}/{name}"]
+        if name.endswith(".json"):  # an index; its shards are named like it
+            stem, suffix = name.split(".")[:2]
+            files.append(f"{part}/{stem}*-of-*.{suffix}")
+    return files
+
+
+@contextmanager
+def progress(path: Path, total: int) -> Iterator[None]:
+    """A bar that follows how much of `total` bytes has reached the file or folder `path`."""
+    finished = Event()
+
+    def watch():
+        with tqdm(total=total, unit="B", unit_scale=True, desc="writing") as bar:
+            while not finished.wait(0.2):
+                files = [file for file in [path, *path.rglob("*")] if file.is_file()]
+                bar.update(min(sum(file.stat().st_size for file in files), total) - bar.n)
+            bar.update(total - bar.n)
+
+    thread = Thread(target=watch)
+    thread.start()
+    try:
+        yield
+    finally:
+        finished.set()
+        thread.join()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line."""
+
+    src: str = option(MISSING, "a checkpoint (.safetensors, .ckpt), a diffusers folder, or a hub id (owner/name)")
+    dst: str = option(MISSING, "the folder to make, or a .safetensors file for A1111 and ComfyUI")
+    half: bool = option(False, "write float16, half the size, for sharing")
+    tokenizer: str | None = option(None, "a folder with CLIP's vocab.json and merges.txt")
+    prediction: str | None = option(None, "what the UNet predicts, where you know better",
+                                    choices=("epsilon", "v_prediction"))
+
+
+def main(settings: Settings):
+    src, dst = Path(settings.src), Path(settings.dst)
+    require(not dst.exists(), f"{dst}: exists already; choose another name, or delete it first")
+    require(dst.suffix not in (".ckpt", ".bin", ".pt", ".pth"),
+            f"{dst}: no pickles are written, they can hide programs; name a folder or a .safetensors file")
+    if src.is_file():
+        description, tensors = read_single_file(src, settings.prediction)
+    elif src.is_dir():
+        description, tensors = read_folder(src)
+    else:
+        require(re.fullmatch(r"[\w.-]+/[\w.-]+", settings.src) is not None,
+                f"{src}: no such file or folder, and not a hub id (owner/name)")
+        description, tensors = read_folder(download(settings.src))
+    if settings.tokenizer or description.tokenizer is None:
+        tokenizer = clip_tokenizer(src, settings.tokenizer, description.text_encoder)
+        description = replace(description, tokenizer=tokenizer)
+    if settings.prediction:
+        description = replace(description, schedule=replace(description.schedule, prediction_type=settings.prediction))
+
+    models = [fit_model(model_class, getattr(description, part), part, tensors[part], src)
+              for part, (model_class, _) in PARTS.items()]
+    sd = StableDiffusion(*models, description.tokenizer, NoiseSchedule(description.schedule), description.info)
+    dtype = torch.float16 if settings.half else None
+    size = sum(p.numel() * (2 if settings.half else p.itemsize) for model in models for p in model.parameters())
+    home = next(folder for folder in dst.absolute().parents if folder.exists())
+    free = shutil.disk_usage(home).free
+    require(free > size, f"{dst}: needs {size / 1e9:.1f} GB, {home} has {free / 1e9:.1f} GB free; make room, or use --half")
+
+    with written_whole(dst) as temporary, progress(temporary, size):
+        if dst.suffix == ".safetensors":
+            save_file(to_single_file(sd, dtype), temporary, {"format": "pt", "tinydb": pack(sd)})
+        else:
+            sd.save_settings(temporary)
+            for part in PARTS:
+                save_model(getattr(sd, part), temporary, part, dtype)
+    print(f"{dst}: written, {size / 1e9:.2f} GB")
+
+
+if __name__ == "__main__":
+    parser = Parser(Settings, __doc__.splitlines()[0])
+    try:
+        main(Settings(**vars(parser.parse_args())))
+    except InputError as error:
+        parser.error(str(error))

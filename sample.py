@@ -1,0 +1,110 @@
+"""Draw pictures with Stable Diffusion, or with what train.py made of it.
+
+    python sample.py "[V] dog on the moon"
+    python sample.py "a red cat in the snow" -n 4 --weights weights/tiny --guidance 3 --seed 7
+
+[V] stands for the word under which train.py taught the subject. Prints the paths of the pictures on stdout.
+"""
+
+import re
+import sys
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+import tinydb
+from tinydb.config import InputError, Parser, option, require
+from tinydb.pictures import describe, grid, save_png
+from tinydb.pipeline import choose_device
+from tinydb.tokenizer import PLACEHOLDER
+
+TINY = Path(__file__).parent / "weights" / "tiny"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line. None means: what the model's recipe says."""
+
+    prompt: str = option(MISSING, "what to draw; [V] is the subject that train.py taught")
+    weights: str | None = option(None, "model folder (default: the newest runs/*/model, else weights/tiny)")
+    count: int = option(1, "pictures to draw, picture i with seed + i", type=int, flag="-n", metavar="N")
+    steps: int | None = option(None, "DDIM steps (default: the model's recipe)", type=int)
+    guidance: float | None = option(None, "classifier-free guidance scale, 1 is none (default: recipe)", type=float)
+    seed: int = option(0, "decides the starting noise", type=int)
+    size: str | None = option(None, "WIDTHxHEIGHT in pixels (default: what the model was trained on)")
+    negative: str = option("", "what to steer away from")
+    eta: float = option(0.0, "fresh noise in each step: 0 is none (DDIM), 1 is DDPM's", type=float)
+    out: str = option("samples", "folder for the pictures, or the name of a .png")
+    device: str = option("auto", "cpu, cuda, mps, ... or auto")
+    precision: str = option("auto", "number format; auto is bf16 or fp16 on a GPU", choices=("auto", "fp32", "bf16", "fp16"))
+
+
+def newest_model() -> Path:
+    """The model folder that was finished last in runs/, else the embedded model."""
+    finished = list(Path("runs").glob("*/model/model_index.json"))
+    return max(finished, key=lambda path: path.stat().st_mtime).parent if finished else TINY
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "512x768" -> (512, 768)."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    require(match is not None, f"--size {text}: expected WIDTHxHEIGHT, such as 512x768")
+    return int(match[1]), int(match[2])
+
+
+def output_paths(out: Path, prompt: str, count: int) -> tuple[list[Path], Path]:
+    """Where `count` pictures go, and their grid: numbered files that do not exist yet in a folder, or the .png named."""
+    if out.suffix == ".png":
+        singles = [out] if count == 1 else [out.with_name(f"{out.stem}-{i}.png") for i in range(count)]
+        return singles, out
+    name = re.sub(r"\W+", "-", prompt.replace(PLACEHOLDER, "V")).strip("-")[:60]
+    first = max((int(path.name[:4]) for path in out.glob("[0-9][0-9][0-9][0-9]-*.png")), default=-1) + 1
+    return [out / f"{first + i:04d}-{name}.png" for i in range(count)], out / f"{first:04d}-{name}-grid.png"
+
+
+def main(settings: Settings):
+    require(settings.count > 0, f"-n {settings.count}: expected 1 or more")
+    require(settings.seed >= 0, f"--seed {settings.seed}: expected 0 or more")
+    require(0 <= settings.eta <= 1, f"--eta {settings.eta}: expected 0 (DDIM) to 1 (DDPM)")
+    out = Path(settings.out)
+    require(out.suffix == ".png" or not out.is_file(), f"--out {out}: a file; expected a folder or the name of a .png")
+    size = parse_size(settings.size) if settings.size else None
+    weights = Path(settings.weights) if settings.weights else newest_model()
+    device, dtype = choose_device(settings.device, settings.precision)
+    sd = tinydb.load(weights, device, dtype)
+
+    subject = f"{PLACEHOLDER} is a {sd.info.class_noun}" if sd.info.class_noun else "not taught a subject yet"
+    print(f"{weights} on {device}, {subject}", file=sys.stderr)
+    if PLACEHOLDER in settings.prompt and not sd.info.class_noun:
+        print(f"{weights} does not know what {PLACEHOLDER} is: teach it with train.py first", file=sys.stderr)
+    for prompt in (settings.prompt, settings.negative):
+        if dropped := sd.tokenizer.dropped(prompt.replace(PLACEHOLDER, sd.identifier)):
+            print(f"the prompt is too long for the text encoder, which will not see: {dropped!r}", file=sys.stderr)
+
+    steps = sd.info.recipe.sample_steps if settings.steps is None else settings.steps
+    guidance = sd.info.recipe.guidance if settings.guidance is None else settings.guidance
+    denoising = sd.denoise([settings.prompt] * settings.count, steps=steps, guidance_scale=guidance, seed=settings.seed,
+                           negative=settings.negative, size=size, eta=settings.eta)
+    for latents in tqdm(denoising, "drawing", total=steps, unit="step"):
+        pass
+    images = sd.decode(latents)
+
+    paths, grid_path = output_paths(out, settings.prompt, settings.count)
+    for i, (image, path) in enumerate(zip(images, paths)):
+        about = {"Steps": steps, "Sampler": "DDIM", "CFG scale": guidance, "Seed": settings.seed + i,
+                 "Size": f"{image.width}x{image.height}", "Model": str(weights)} | ({"Eta": settings.eta} if settings.eta else {})
+        save_png(image, path, describe(settings.prompt, settings.negative, **about))
+        print(path)
+    if settings.count > 1:
+        about = f"{settings.count} pictures of: {settings.prompt}"
+        save_png(grid(images, min(settings.count, 4)), grid_path, about)
+        print(grid_path)
+
+
+if __name__ == "__main__":
+    parser = Parser(Settings, __doc__.splitlines()[0])
+    try:
+        main(Settings(**vars(parser.parse_args())))
+    except InputError as error:
+        parser.error(str(error))

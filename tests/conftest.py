@@ -1,0 +1,180 @@
+"""Small random models of each kind, in diffusers and in tinydb, from one config and one folder.
+
+diffusers and transformers build a model from our config and save it, and `tinydb.load` opens what they saved: every
+parity test tests reading the folder as well.
+"""
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformers
+from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
+from torch import Tensor, nn
+
+import tinydb
+from tinydb.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+
+diffusers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+KINDS = ["sd1", "sd2", "tiny"]
+MERGES = [tuple(pair.split()) for pair in (
+    "t h", "th e</w>", "o f</w>", "p h", "o t", "ph ot", "phot o</w>", "d o", "do g</w>", "c a", "ca t</w>", "r e",
+    "re d</w>", "o h", "w x</w>", "oh wx</w>", "i n", "in g</w>", "' s</w>", "! !</w>", "Ã ©</w>")]
+
+
+def vocabulary() -> dict[str, int]:
+    """Tokens to ids in CLIP's layout: bytes, bytes that end a word, merges, start, end. "!" is 0."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = letters + [letter + "</w>" for letter in letters] + ["".join(pair) for pair in MERGES]
+    return {token: i for i, token in enumerate(tokens + ["<|startoftext|>", "<|endoftext|>"])}
+
+
+def reference_tokenizer(pad: str) -> transformers.CLIPTokenizer:
+    """transformers' tokenizer on the small vocabulary."""
+    return transformers.CLIPTokenizer(vocab=vocabulary(), merges=MERGES, pad_token=pad, model_max_length=77)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a model of one kind is built from."""
+
+    text: TextConfig
+    unet: UNetConfig
+    vae: VAEConfig
+    schedule: ScheduleConfig
+    pad: str
+
+
+def text_config(width: int, **settings: Any) -> TextConfig:
+    ids = vocabulary()
+    return TextConfig(vocab_size=len(ids), hidden_size=width, intermediate_size=2 * width, num_attention_heads=4,
+                      num_hidden_layers=2, bos_token_id=ids["<|startoftext|>"], eos_token_id=ids["<|endoftext|>"],
+                      **settings)
+
+
+def vae_config(*channels: int, **settings: Any) -> VAEConfig:
+    return VAEConfig(down_block_types=("DownEncoderBlock2D",) * len(channels), block_out_channels=channels,
+                     up_block_types=("UpDecoderBlock2D",) * len(channels), norm_num_groups=4, **settings)
+
+
+@functools.cache
+def small(kind: str) -> Kind:
+    """Stable Diffusion 1 and 2 and the embedded model, with everything that tells them apart but their size."""
+    cross, plain, up_cross, up_plain = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    unet = {"sample_size": 8, "norm_num_groups": 8, "block_out_channels": (32, 64, 64)}
+    if kind == "sd1":
+        return Kind(text_config(32, pad_token_id=vocabulary()["<|endoftext|>"]),
+                    UNetConfig(**unet, down_block_types=(cross, cross, plain), cross_attention_dim=32,
+                               up_block_types=(up_plain, up_cross, up_cross), attention_head_dim=4),
+                    vae_config(8, 16, 16, 16, layers_per_block=2), ScheduleConfig(**schedule), "<|endoftext|>")
+    if kind == "sd2":
+        return Kind(text_config(48, hidden_act="gelu", pad_token_id=0),
+                    UNetConfig(**unet, down_block_types=(cross, cross, plain), cross_attention_dim=48,
+                               up_block_types=(up_plain, up_cross, up_cross), attention_head_dim=(2, 4, 8),
+                               use_linear_projection=True, upcast_attention=True),
+                    vae_config(8, 16, 16, 16, layers_per_block=2),
+                    ScheduleConfig(**schedule, prediction_type="v_prediction"), "!")
+    return Kind(text_config(32),
+                UNetConfig(**unet, down_block_types=(plain, cross, cross), cross_attention_dim=32, in_channels=8,
+                           up_block_types=(up_cross, up_cross, up_plain), attention_head_dim=4, out_channels=8,
+                           layers_per_block=1),
+                vae_config(8, 16, 16, latent_channels=8, scaling_factor=0.7), ScheduleConfig(**schedule),
+                "<|endoftext|>")
+
+
+def randomize(model: nn.Module, seed: int) -> nn.Module:
+    """Weights that keep activations near unit size; biases and norms far from where they start."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        if "embedding.weight" in name:
+            values = 0.5 * values
+        elif parameter.dim() > 1:
+            values = values * parameter[0].numel() ** -0.5
+        else:
+            values = 0.2 * values + (1 if "norm" in name and name.endswith("weight") else 0)
+        parameter.data.copy_(values)
+    return model.eval()
+
+
+def reference_models(kind: Kind) -> dict[str, nn.Module]:
+    """The three networks as diffusers and transformers build them from our config files."""
+    return {"text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(**kind.text.to_dict())),
+            "unet": UNet2DConditionModel.from_config(kind.unet.to_dict()),
+            "vae": AutoencoderKL.from_config(kind.vae.to_dict())}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One model twice: diffusers' pipeline, and what tinydb reads from the folder that the pipeline saved."""
+
+    kind: str
+    config: Kind
+    folder: Path
+    reference: StableDiffusionPipeline
+    sd: tinydb.StableDiffusion
+
+    @property
+    def seed(self) -> int:
+        return KINDS.index(self.kind)
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> Callable[[str], Pair]:
+    """The pair of a kind, built once."""
+    @functools.cache
+    def build(name: str) -> Pair:
+        kind, folder = small(name), tmp_path_factory.mktemp(name)
+        models = {part: randomize(model, seed) for seed, (part, model) in enumerate(reference_models(kind).items())}
+        settings = {**kind.schedule.to_dict(), "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}
+        pipeline = StableDiffusionPipeline(
+            **models, tokenizer=reference_tokenizer(kind.pad), scheduler=DDIMScheduler.from_config(settings),
+            safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.save_pretrained(folder)
+        if name == "sd1":  # Stable Diffusion 1.5 comes with another sampler
+            PNDMScheduler.from_config(settings).save_pretrained(folder / "scheduler")
+        return Pair(name, kind, folder, pipeline, tinydb.load(folder))
+    return build
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def pair(request, pairs) -> Pair:
+    """Every kind in turn."""
+    return pairs(request.param)
+
+
+@pytest.fixture
+def folder(pairs, tmp_path) -> Path:
+    """A model folder of one's own to damage."""
+    return Path(shutil.copytree(pairs("sd1").folder, tmp_path / "model"))
+
+
+def prefixed(name: str) -> str:
+    """The name in published files of a tensor that transformers 5 names without `text_model.`."""
+    return name if name.startswith("text_model.") else f"text_model.{name}"
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change entries of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    """Replace the tensors of a safetensors file by what `edit` makes of them."""
+    tensors = edit({name: tensor.clone() for name, tensor in load_file(path).items()})
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})

@@ -1,0 +1,203 @@
+"""What cannot be used is refused in one line that names the thing and the cure."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import edit_json, edit_tensors
+from torch import Tensor
+
+import tinydb
+from tinydb.config import InputError, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+from tinydb.tokenizer import CLIPTokenizer
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def refusal(action: Callable, *arguments) -> str:
+    """The text of the InputError that `action` raises: one line."""
+    with pytest.raises(InputError) as error:
+        action(*arguments)
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def assert_refused(folder: Path, *words: str) -> None:
+    """Loading raises InputError whose line holds all the words."""
+    text = refusal(tinydb.load, folder)
+    assert [word for word in words if word not in text] == [], text
+
+
+def test_undamaged_folder_loads(folder):
+    assert isinstance(tinydb.load(folder), tinydb.StableDiffusion)
+
+
+def test_no_such_folder(tmp_path):
+    assert_refused(tmp_path / "nowhere", "nowhere: no such folder", "model folder")
+
+
+def test_a_file_is_no_folder(folder):
+    assert_refused(folder / "model_index.json", "model_index.json: no such folder")
+
+
+def test_folder_that_is_not_a_model(tmp_path):
+    assert_refused(tmp_path, "model_index.json: no such file", "convert_weights.py")
+
+
+@pytest.mark.parametrize("part", ["unet/config.json", "vae/config.json", "text_encoder/config.json",
+                                  "scheduler/scheduler_config.json", UNET, "text_encoder/model.safetensors"])
+def test_missing_file(folder, part):
+    (folder / part).unlink()
+    assert_refused(folder, f"{part}: no such file", "convert_weights.py")
+
+
+@pytest.mark.parametrize("file, changes, words", [
+    ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, ["StableDiffusionXLPipeline", "1.x and 2.x"]),
+    ("unet/config.json", {"addition_embed_type": "text_time"}, ["unet/config.json", "SDXL", "1.x and 2.x"]),
+    ("unet/config.json", {"in_channels": 9}, ["in_channels 9", "inpainting", "text-to-image model"]),
+    ("unet/config.json", {"act_fn": "mish"}, ["unet/config.json", "act_fn = 'mish'", "'silu'"]),
+    ("unet/config.json", {"encoder_hid_dim": 768}, ["unet/config.json", "encoder_hid_dim = 768", "1.x or 2.x"]),
+    ("unet/config.json", {"time_cond_proj_dim": 256}, ["unet/config.json", "time_cond_proj_dim = 256"]),
+    ("unet/config.json", {"class_embed_type": "timestep"}, ["unet/config.json", "class_embed_type = 'timestep'"]),
+    ("unet/config.json", {"down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"]},
+     ["down_block_types", "AttnDownBlock2D", "CrossAttnDownBlock2D"]),
+    ("unet/config.json", {"attention_head_dim": [4, 4]}, ["3 block_out_channels", "2 head counts"]),
+    ("unet/config.json", {"attention_head_dim": 5}, ["32 channels", "5 heads"]),
+    ("unet/config.json", {"cross_attention_dim": 48}, ["22 tensors do not fit", "(32, 48)"]),
+    ("vae/config.json", {"act_fn": "gelu"}, ["vae/config.json", "act_fn = 'gelu'", "'silu'"]),
+    ("vae/config.json", {"latent_channels": 16}, ["vae", "16"]),
+    ("vae/config.json", {"shift_factor": 0.1}, ["vae/config.json", "shift_factor = 0.1"]),
+    ("text_encoder/config.json", {"hidden_act": "relu"}, ["hidden_act = 'relu'", "'quick_gelu' or 'gelu'"]),
+    ("text_encoder/config.json", {"hidden_size": 48}, ["text_encoder", "(48,)"]),
+    ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, ["prediction_type = 'sample'", "'epsilon'"]),
+    ("scheduler/scheduler_config.json", {"beta_schedule": "squaredcos_cap_v2"}, ["squaredcos_cap_v2", "'linear'"]),
+    ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, ["scheduler_config.json", "trained_betas"]),
+    ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, ["rescale_betas_zero_snr", "False"]),
+], ids=str)
+def test_unsupported_setting(folder, file, changes, words):
+    edit_json(folder / file, **changes)
+    assert_refused(folder, *words)
+
+
+@pytest.mark.parametrize("file, changes", [
+    ("unet/config.json", {"block_out_channels": 64}), ("unet/config.json", {"attention_head_dim": 0}),
+    ("unet/config.json", {"norm_num_groups": "many"}), ("unet/config.json", {"layers_per_block": [1, 2, 2]}),
+    ("vae/config.json", {"norm_num_groups": 3}), ("text_encoder/config.json", {"num_hidden_layers": "two"}),
+    ("scheduler/scheduler_config.json", {"beta_start": "small"}), ("tinydb.json", {"recipe": {"stepz": 3}}),
+], ids=str)
+def test_senseless_setting(folder, file, changes):
+    (folder / "tinydb.json").write_text("{}")
+    edit_json(folder / file, **changes)
+    assert_refused(folder, file)
+
+
+def test_every_tensor_that_does_not_fit_is_listed_at_once(folder):
+    def damage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        del tensors["conv_in.bias"], tensors["mid_block.resnets.0.norm1.weight"]
+        tensors["conv_out.weight"] = tensors["conv_out.weight"][:, :, :1]
+        return {**tensors, "add_embedding.linear_1.bias": torch.zeros(7)}
+
+    edit_tensors(folder / UNET, damage)
+    assert_refused(folder, UNET, "4 tensors", "missing conv_in.bias (32,)", "missing mid_block.resnets.0.norm1.weight",
+                   "unexpected add_embedding.linear_1.bias (7,)", "conv_out.weight is (4, 32, 1, 3)", "(4, 32, 3, 3)")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_weights(folder, keep):
+    (folder / UNET).write_bytes((folder / UNET).read_bytes()[:keep])
+    assert_refused(folder, UNET, "not a whole safetensors file", "again")
+
+
+def test_git_lfs_pointer(folder):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3438167540\n"
+    (folder / UNET).write_text(pointer)
+    assert_refused(folder, UNET, "git-lfs pointer", "git lfs pull")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"in_channels": 4', b"\xff\xfe\x00", b"[1, 2]"],
+                         ids=["empty", "truncated", "binary", "a list"])
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "tokenizer/tokenizer_config.json"])
+def test_damaged_json(folder, file, content):
+    (folder / file).write_bytes(content)
+    assert_refused(folder, file)
+
+
+def remove_merges(folder: Path) -> None:
+    (folder / "merges.txt").unlink()
+
+
+def damage_merges(folder: Path) -> None:
+    (folder / "merges.txt").write_text("#version: 0.2\nt h\nonetoken\n")
+
+
+def strange_merges(folder: Path) -> None:
+    (folder / "merges.txt").write_text("#version: 0.2\nq q\n")
+
+
+def binary_merges(folder: Path) -> None:
+    (folder / "merges.txt").write_bytes(b"\xff\xfe\x00")
+
+
+def remove_end_token(folder: Path) -> None:
+    vocab = json.loads((folder / "vocab.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps({t: i for t, i in vocab.items() if t != "<|endoftext|>"}))
+
+
+def unknown_pad(folder: Path) -> None:
+    edit_json(folder / "special_tokens_map.json", pad_token="[PAD]")
+
+
+@pytest.mark.parametrize("damage, words", [
+    (remove_merges, ["merges.txt"]), (damage_merges, ["merges.txt"]), (strange_merges, ["merges"]),
+    (binary_merges, ["merges.txt"]), (remove_end_token, ["<|endoftext|>", "vocab.json"]), (unknown_pad, ["[PAD]"]),
+], ids=lambda value: getattr(value, "__name__", ""))
+def test_damaged_tokenizer(folder, pairs, damage, words):
+    pairs("sd1").sd.tokenizer.save(folder / "tokenizer")
+    damage(folder / "tokenizer")
+    assert_refused(folder, "tokenizer", *words)
+
+
+def test_tokenizer_without_files(folder):
+    (folder / "tokenizer/tokenizer.json").unlink()
+    assert_refused(folder, "tokenizer", "no such file")
+
+
+def test_text_encoder_of_another_width(folder, pairs):
+    other = pairs("sd2").folder / "text_encoder"
+    for file in ("config.json", "model.safetensors"):
+        (folder / "text_encoder" / file).write_bytes((other / file).read_bytes())
+    assert_refused(folder, "48 wide", "attends to 32", "two models")
+
+
+def test_tokenizer_of_a_larger_vocabulary(folder):
+    def shrink(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor[:500].clone() if "token_embedding" in name else tensor for name, tensor in tensors.items()}
+
+    edit_tensors(folder / "text_encoder/model.safetensors", shrink)
+    edit_json(folder / "text_encoder/config.json", vocab_size=500)
+    assert_refused(folder, "tokenizer", "below 500", "two models")
+
+
+@pytest.mark.parametrize("size", [(60, 64), (64, 60), (0, 64), (64, -8)], ids=str)
+def test_size_that_is_not_a_multiple_of_the_factor(pairs, size):
+    text = refusal(lambda: pairs("sd1").sd.generate("dog", steps=1, size=size))
+    assert f"size {size[0]}x{size[1]}" in text and "multiples of 8" in text
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1000])
+def test_impossible_step_counts(pairs, steps):
+    assert f"steps {steps}" in refusal(lambda: pairs("tiny").sd.generate("dog", steps=steps))
+
+
+@pytest.mark.parametrize("config, entries", [
+    (TextConfig, {"hidden_act": "relu"}), (UNetConfig, {"in_channels": 9}), (VAEConfig, {"block_out_channels": []}),
+    (ScheduleConfig, {"prediction_type": "sample"})])
+def test_refusals_name_the_file(config, entries):
+    assert "some/config.json" in refusal(config.from_dict, entries, "some/config.json")
+
+
+def test_vocabulary_without_the_special_tokens():
+    assert "<|startoftext|>" in refusal(CLIPTokenizer, {"a": 0}, [])

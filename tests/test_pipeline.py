@@ -1,0 +1,214 @@
+"""A model folder in, pictures out: the same as diffusers draws, reproducible, and saved as it was loaded."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import Pair, edit_json, edit_tensors, prefixed
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+import tinydb
+from tinydb.config import Recipe
+
+PROMPT = "a photo of ohwx dog"
+
+
+def difference(images: list[Image.Image], others: list[Image.Image]) -> int:
+    """The largest difference between two lists of pictures, in grey levels."""
+    assert [image.size for image in images] == [image.size for image in others]
+    return max(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() for a, b in zip(images, others))
+
+
+def starting_noise(pair: Pair, seed: int = 0) -> Tensor:
+    shape = (1, pair.config.unet.in_channels, 8, 8)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def reference_images(pipeline: StableDiffusionPipeline, latents: Tensor, **settings) -> list[Image.Image]:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(PROMPT, latents=latents, **settings).images
+
+
+def assert_same(sd: tinydb.StableDiffusion, other: tinydb.StableDiffusion) -> None:
+    """Equal tensors, configs, tokenizer and notes."""
+    for part in ("text_encoder", "unet", "vae"):
+        ours, theirs = getattr(sd, part), getattr(other, part)
+        assert ours.config == theirs.config
+        expected = theirs.state_dict()
+        assert ours.state_dict().keys() == expected.keys()
+        assert [name for name, tensor in ours.state_dict().items() if not torch.equal(tensor, expected[name])] == []
+    assert sd.schedule.config == other.schedule.config
+    assert (sd.tokenizer.vocab, sd.tokenizer.merges, sd.tokenizer.pad, sd.tokenizer.max_length) == (
+        other.tokenizer.vocab, other.tokenizer.merges, other.tokenizer.pad, other.tokenizer.max_length)
+    assert sd.info == other.info
+
+
+def test_picture_is_the_one_that_diffusers_draws(pair):
+    latents = starting_noise(pair)
+    expected = reference_images(pair.reference, latents, num_inference_steps=20, guidance_scale=7.5)
+    images = pair.sd.generate("a photo of [V] dog", steps=20, guidance_scale=7.5, latents=latents)
+    assert np.asarray(expected[0]).std() > 20  # there is something to compare
+    assert difference(images, expected) <= 2
+
+
+def test_negative_prompt_and_eta(pairs):
+    """With eta, ours and diffusers' noise come from one generator each: seeded alike, the pictures are the same."""
+    pair, latents = pairs("sd1"), starting_noise(pairs("sd1"))
+    expected = reference_images(pair.reference, latents, num_inference_steps=5, guidance_scale=3.0, eta=0.7,
+                                negative_prompt="the cat", generator=torch.Generator().manual_seed(9))
+    options = {"steps": 5, "guidance_scale": 3.0, "eta": 0.7, "seed": 9, "latents": latents}
+    assert difference(pair.sd.generate(PROMPT, negative="the cat", **options), expected) <= 2
+    assert difference(pair.sd.generate(PROMPT, **options), expected) > 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_we_save_opens_in_diffusers(pair, tmp_path, dtype):
+    """As it stands, whatever the precision on disk, and draws the picture that we draw from it."""
+    pair.sd.save(tmp_path / "saved", dtype)
+    settings = {"steps": 4, "guidance_scale": 7.5, "latents": starting_noise(pair)}
+    expected = reference_images(StableDiffusionPipeline.from_pretrained(tmp_path / "saved"), starting_noise(pair),
+                                num_inference_steps=4, guidance_scale=7.5)
+    assert difference(tinydb.load(tmp_path / "saved").generate(PROMPT, **settings), expected) <= 2
+
+
+def test_save_and_load_round_trip(pair, tmp_path):
+    info = replace(pair.sd.info, identifier="zwx", class_noun="dog", step=3, base={"name": "x", "licence": "y"},
+                   recipe=Recipe(steps=5, guidance=2.0))
+    taught = replace(pair.sd, info=info)
+    taught.save(tmp_path / "saved")
+    assert_same(tinydb.load(tmp_path / "saved"), taught)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]  # nothing temporary is left
+
+
+def test_saving_over_the_folder_that_was_loaded(folder):
+    """The weights are memory-mapped from the very files that are being replaced."""
+    sd = tinydb.load(folder)
+    (folder / "old").touch()
+    sd.save(folder)
+    assert_same(tinydb.load(folder), sd)
+    assert not (folder / "old").exists()
+
+
+def test_failed_save_leaves_the_old_folder(folder, monkeypatch):
+    sd = tinydb.load(folder)
+    monkeypatch.setattr(sd.tokenizer, "save", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sd.save(folder)
+    assert_same(tinydb.load(folder), sd)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_half_precision_folder_loads_as_float32(pairs, tmp_path):
+    sd = pairs("sd2").sd
+    sd.save(tmp_path / "half", torch.float16)
+    stored = load_file(tmp_path / "half/unet/diffusion_pytorch_model.safetensors")
+    loaded = tinydb.load(tmp_path / "half")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    for part in ("text_encoder", "unet", "vae"):
+        expected = {name: tensor.half().float() for name, tensor in getattr(sd, part).state_dict().items()}
+        torch.testing.assert_close(dict(getattr(loaded, part).state_dict()), expected, rtol=0, atol=0)
+
+
+def test_what_we_write_is_the_form_that_everything_reads(pair, tmp_path):
+    """`text_model.` and `to_q` names, metadata, float32 text encoder, DDIM, vocab.json and merges.txt."""
+    pair.sd.save(tmp_path / "saved", torch.float16)
+    text = load_file(tmp_path / "saved/text_encoder/model.safetensors")
+    assert all(name.startswith("text_model.") for name in text)
+    assert b'"format":"pt"' in (tmp_path / "saved/vae/diffusion_pytorch_model.safetensors").read_bytes()[:500]
+    assert json.loads((tmp_path / "saved/text_encoder/config.json").read_text())["dtype"] == "float32"
+    scheduler = json.loads((tmp_path / "saved/scheduler/scheduler_config.json").read_text())
+    expected = {"_class_name": "DDIMScheduler", "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
+    assert scheduler.items() >= expected.items()
+    assert {"vocab.json", "merges.txt"} <= {path.name for path in (tmp_path / "saved/tokenizer").iterdir()}
+
+
+def test_same_seed_same_picture(pairs):
+    """Bit for bit, and another seed is another picture."""
+    first, again, other = (pairs("tiny").sd.generate(PROMPT, steps=3, seed=seed) for seed in (5, 5, 6))
+    assert difference(first, again) == 0
+    assert difference(first, other) > 20
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_picture_of_a_batch_is_the_one_drawn_alone(pairs, eta):
+    """Picture i uses seed + i, whatever is drawn beside it."""
+    prompts, options = [PROMPT, "the red cat", ""], {"steps": 3, "eta": eta}
+    batch = pairs("sd1").sd.generate(prompts, seed=5, **options)
+    alone = [pairs("sd1").sd.generate(prompt, seed=5 + i, **options)[0] for i, prompt in enumerate(prompts)]
+    assert difference(batch, alone) <= 1
+    assert difference(batch[:1], batch[1:2]) > 20
+
+
+def test_size_is_width_and_height(pairs):
+    """Without a size, that of the latents, or else what the model was trained at."""
+    sd = pairs("sd1").sd
+    assert sd.generate(PROMPT, steps=1, size=(80, 48))[0].size == (80, 48)
+    assert sd.generate(PROMPT, steps=1, latents=torch.zeros(1, 4, 5, 6))[0].size == (48, 40)
+    assert sd.generate(PROMPT, steps=1)[0].size == (64, 64)
+
+
+def test_recipe_decides_what_is_not_given(pairs):
+    sd = replace(pairs("tiny").sd, info=replace(pairs("tiny").sd.info, recipe=Recipe(sample_steps=2, guidance=3.0)))
+    assert difference(sd.generate(PROMPT), sd.generate(PROMPT, steps=2, guidance_scale=3.0)) == 0
+    assert difference(sd.generate(PROMPT), sd.generate(PROMPT, guidance_scale=0.0)) > 2
+
+
+def test_denoise_yields_every_step(pairs):
+    *_, before, last = steps = list(pairs("tiny").sd.denoise(PROMPT, steps=4))
+    assert len(steps) == 4 and not torch.equal(before, last)
+    assert difference(pairs("tiny").sd.decode(last), pairs("tiny").sd.generate(PROMPT, steps=4)) == 0
+
+
+def test_more_pictures_than_are_decoded_at_once(pairs):
+    latents = torch.randn(10, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    one_by_one = [pairs("tiny").sd.decode(latents[i : i + 1])[0] for i in range(10)]
+    assert difference(pairs("tiny").sd.decode(latents), one_by_one) <= 1
+
+
+OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def old_attention_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names before diffusers 0.17."""
+    for new, old in OLD_ATTENTION.items():
+        tensors = {name.replace(f"attentions.0.{new}.", f"attentions.0.{old}."): tensor
+                   for name, tensor in tensors.items()}
+    assert sum(".query." in name for name in tensors) == 4
+    return tensors
+
+
+@pytest.mark.parametrize("part, edit", [
+    ("text_encoder", lambda tensors: {prefixed(name): tensor for name, tensor in tensors.items()}),
+    ("text_encoder", lambda tensors: {name.removeprefix("text_model."): t for name, t in tensors.items()}),
+    ("text_encoder", lambda tensors: {**tensors, "text_model.embeddings.position_ids": torch.arange(77)[None]}),
+    ("text_encoder", lambda tensors: {**tensors, "embeddings.position_ids": torch.arange(77)[None].float()}),
+    ("vae", old_attention_names),
+], ids=["text_model.", "without text_model.", "text_model.embeddings.position_ids", "position_ids", "query key value"])
+def test_folders_that_name_their_tensors_otherwise(folder, pairs, part, edit):
+    file = "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
+    edit_tensors(folder / part / file, edit)
+    assert_same(tinydb.load(folder), pairs("sd1").sd)
+
+
+def test_folder_with_the_older_tokenizer_files(folder, pairs):
+    """What transformers 5 saved is tokenizer.json only; before it were vocab.json and merges.txt."""
+    sd = pairs("sd1").sd
+    assert not (folder / "tokenizer/vocab.json").exists()
+    sd.tokenizer.save(folder / "tokenizer")
+    (folder / "tokenizer/tokenizer.json").unlink()
+    assert_same(tinydb.load(folder), sd)
+
+
+def test_config_with_only_what_differs_from_the_defaults(folder, pairs):
+    """As diffusers reads it: an entry that is not there has diffusers' default."""
+    path = folder / "vae/config.json"
+    entries = json.loads(path.read_text())
+    path.write_text(json.dumps({key: entries[key] for key in entries if key not in ("scaling_factor", "act_fn")}))
+    assert_same(tinydb.load(folder), pairs("sd1").sd)
+    edit_json(path, scaling_factor=0.5)
+    assert tinydb.load(folder).vae.config.scaling_factor == 0.5

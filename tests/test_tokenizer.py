@@ -1,0 +1,111 @@
+"""Token ids equal those of transformers' CLIPTokenizer, for any text."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+from conftest import MERGES, reference_tokenizer, vocabulary
+
+from tinydb.tokenizer import CLIPTokenizer
+
+PADS = ["<|endoftext|>", "!"]
+PIECES = [
+    "the photo of dog's cat ohwx red", "The PHOTO Of", "don't we'll it'd I'm they've you're", "naïve café ÉÀ ß ǅ",
+    "e\u0301 o\u0308\u0323 \u212b \ufb01", "日本語の写真", "Привет мир", "שלום عليكم", "हिन्दी ไทย", "🐶👨\u200d👩\u200d👧 🇫🇷 ❤\ufe0f",
+    "½ ٣ 42 1,000.5 Ⅳ ²", " \t\n\r\x0b\x0c\u00a0\u2003\u3000\u2028", "\x00\x01\x07\x1b\x7f\x85\u200b\ufeff\ufffd\ufffe",
+    "!!! ?! -- ... <|> |endoftext| ¡¿", "<|startoftext|>", "<|endoftext|>", "<|ENDOFTEXT|>", "</w> Ġ Ã© [V] (a:1.2)",
+    "\U0010ffff\ue000\u0378"]
+
+
+def random_text(rng: random.Random) -> str:
+    """A few words, letters or symbols, or many; some from one script, some from anywhere in Unicode."""
+    length = rng.choice([0, 1, 2, 5, 10, 30, 120])
+    choices = (lambda: rng.choice(PIECES), lambda: rng.choice(rng.choice(PIECES)), lambda: rng.choice("abcdegotx!' "),
+               lambda: chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])))
+    pick = rng.choice([*choices, lambda: rng.choice(choices)()])
+    return "".join(pick() for _ in range(length))
+
+
+@pytest.fixture(params=PADS)
+def pad(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def tokenizer(pad) -> CLIPTokenizer:
+    return CLIPTokenizer(vocabulary(), MERGES, pad)
+
+
+def reference_ids(pad: str, texts: list[str]) -> torch.Tensor:
+    return reference_tokenizer(pad)(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
+def test_ids_of_random_texts(tokenizer, pad):
+    rng = random.Random(0)
+    texts = PIECES + ["", " ", "dog " * 200] + [random_text(rng) for _ in range(2000)]
+    ours, expected = tokenizer.encode(texts), reference_ids(pad, texts)
+    assert ours.shape == (len(texts), 77) and ours.dtype == torch.long
+    assert [text for text, a, b in zip(texts, ours.tolist(), expected.tolist()) if a != b] == []
+
+
+def test_one_text_is_a_batch_of_one(tokenizer):
+    assert torch.equal(tokenizer.encode("the dog"), tokenizer.encode(["the dog"]))
+
+
+def test_layout_of_a_row(tokenizer, pad):
+    """Start, text, end, padding; the merges make one token of a word."""
+    ids = vocabulary()
+    start, end = ids["<|startoftext|>"], ids["<|endoftext|>"]
+    assert tokenizer.encode("The dog")[0].tolist() == [start, ids["the</w>"], ids["dog</w>"], end] + [ids[pad]] * 73
+
+
+def test_long_text_is_cut_before_the_end_token(tokenizer):
+    ids = vocabulary()
+    assert tokenizer.encode("dog " * 100)[0].tolist() == (
+        [ids["<|startoftext|>"]] + [ids["dog</w>"]] * 75 + [ids["<|endoftext|>"]])
+
+
+@pytest.mark.parametrize("text, lost", [
+    ("", ""), ("dog " * 75, ""), ("dog " * 75 + "cat", "cat"), ("dog " * 75 + " Red  cat ", "Red  cat"),
+    ("É " * 75 + "É of É", "É of É"), ("é 🐶" * 80, None),
+], ids=["empty", "fits", "one word more", "inner space", "two-byte letters", "four-byte letters"])
+def test_dropped(tokenizer, text, lost):
+    """The very end of the text; what comes before it has the same ids."""
+    dropped = tokenizer.dropped(text)
+    assert text.rstrip().endswith(dropped)
+    if lost is None:
+        kept = text.rstrip().removesuffix(dropped)
+        assert dropped and torch.equal(tokenizer.encode(kept), tokenizer.encode(text))
+    else:
+        assert dropped == lost
+
+
+def test_exclamation_marks_are_padding_where_that_is_the_pad_token(tokenizer, pad):
+    ids = vocabulary()
+    expected = {"!": [ids["dog</w>"], 0, 0], "<|endoftext|>": [ids["dog</w>"], ids["!!</w>"], ids["<|endoftext|>"]]}
+    assert tokenizer.encode("dog!!")[0, 1:4].tolist() == expected[pad]
+
+
+def test_save_and_read(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    read = CLIPTokenizer.read(tmp_path)
+    assert vars(read).keys() == vars(tokenizer).keys()
+    assert all(getattr(read, name) == getattr(tokenizer, name) for name in ("vocab", "merges", "pad", "max_length"))
+
+
+def test_transformers_reads_what_we_save(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    read = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    ids = read(PIECES, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    assert torch.equal(tokenizer.encode(PIECES), ids)
+
+
+@pytest.mark.parametrize("identifier, word", [(None, "ohwx"), ("red", "red")], ids=["default", "taught"])
+def test_placeholder_stands_for_the_identifier(pairs, identifier, word):
+    """Every [V] in a prompt is the word that the folder records."""
+    sd = replace(pairs("tiny").sd, info=replace(pairs("tiny").sd.info, identifier=identifier))
+    found = sd.encode_prompt("a photo of [V] dog, [V]")
+    assert torch.equal(found, sd.text_encoder(sd.tokenizer.encode(f"a photo of {word} dog, {word}")))
+    assert not torch.equal(found, sd.text_encoder(sd.tokenizer.encode("a photo of [V] dog, [V]")))

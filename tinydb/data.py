@@ -1,0 +1,107 @@
+"""Photographs to latents, and everything that is random in a training step."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from tinydb.config import require
+from tinydb.vae import AutoencoderKL
+
+ENCODE_BATCH = 4
+
+
+def open_picture(path: Path) -> Image.Image:
+    """An RGB picture, upright and without transparency; OSError or ValueError where the file is not one."""
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)  # phones store a turned picture and a note
+    if image.mode.startswith("I"):  # 16 bits, which convert() would clip to white
+        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")  # convert("RGB") alone shows whatever colour lies under the transparency
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def read_pictures(folder: Path) -> tuple[dict[str, Image.Image], list[str]]:
+    """The pictures in a folder, by file name and in its order, and one line on each file that is none.
+
+    Hidden files and folders inside are passed over. Raises InputError where no picture is left.
+    """
+    require(folder.is_dir(), f"{folder}: no such folder; expected a folder with 3 to 6 pictures of your subject")
+    pictures, skipped = {}, []
+    for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
+        try:
+            pictures[path.name] = open_picture(path)
+        except UnidentifiedImageError:
+            hint = "convert it to JPEG first" if path.suffix.lower() in (".heic", ".heif") else "not a picture"
+            skipped.append(f"{path.name}: {hint}")
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            skipped.append(f"{path.name}: damaged ({error})")
+    reasons = f" (skipped {'; '.join(skipped)})" if skipped else ""
+    require(bool(pictures), f"{folder}: no picture in it{reasons}; expected JPEG or PNG files")
+    return pictures, skipped
+
+
+def fit(image: Image.Image, size: int) -> Image.Image:
+    """The centre square of `image`, `size` pixels wide. No mirroring anywhere: faces and lettering have a side."""
+    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+
+
+def to_pixels(images: Iterable[Image.Image | np.ndarray]) -> Tensor:
+    """RGB images of one size -> pixels (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@dataclass
+class Latents:
+    """What the VAE says of a set of pictures: a Gaussian for each, mean and std (N, C, h, w).
+
+    The VAE is frozen and there is no random crop, so each picture is encoded once; a step still draws its latents
+    from the Gaussian, as if it had been encoded afresh.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, images: Iterable[Image.Image], vae: AutoencoderKL, device: torch.device) -> "Latents":
+        """Encode images of one size."""
+        parts = [vae.encode(part.to(device)) for part in to_pixels(images).split(ENCODE_BATCH)]
+        mean, std = (torch.cat([part[k].float().cpu() for part in parts]) for k in (0, 1))
+        return cls(mean, std)
+
+
+@dataclass
+class Draw:
+    """The random numbers of one training step: rows of latents, timesteps (B,) and noise (B, C, h, w)."""
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+
+
+def draw_step(sets: list[Latents], count: int, num_timesteps: int, seed: int, step: int) -> Draw:
+    """`count` examples from each of `sets` (instance, then class), with their timesteps and noise.
+
+    Everything comes from one CPU generator that depends on seed and step alone: a resumed run, and any split of the
+    rows over processes, sees the same numbers.
+    """
+    state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(state[0]) >> 1)
+    rows = []
+    for latents in sets:
+        total = len(latents.mean)
+        # whole permutations, so that no picture comes twice before each came once
+        order = torch.cat([torch.randperm(total, generator=generator) for _ in range(-(-count // total))])[:count]
+        posterior_noise = torch.randn(latents.mean[order].shape, generator=generator)
+        rows.append(latents.mean[order] + latents.std[order] * posterior_noise)
+    x = torch.cat(rows)
+    noise = torch.randn(x.shape, generator=generator)
+    timesteps = torch.randint(num_timesteps, (len(x),), generator=generator)
+    return Draw(x, noise, timesteps)

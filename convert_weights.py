@@ -14,6 +14,7 @@ import json
 import pickle
 import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from tempfile import TemporaryDirectory
 from threading import Event, Thread
 
 import torch
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -31,11 +32,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tinydb.config import (InputError, ModelInfo, Parser, PartConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig,
-                           option, read_json, require)
+                           option, read_json, require, write_json)
 from tinydb.diffusion import NoiseSchedule
 from tinydb.pipeline import MODEL_INDEX, PARTS, StableDiffusion
 from tinydb.tokenizer import EOS, CLIPTokenizer
-from tinydb.weights import (RENAMES, WEIGHT_FILES, canonical_name, fit_model, read_tensors, refuse_pointer, save_model,
+from tinydb.weights import (WEIGHT_FILES, canonical_name, fit_model, read_tensors, refuse_pointer, save_tensors,
                             written_whole)
 
 PREFIXES = {"text_encoder": "cond_stage_model.", "unet": "model.diffusion_model.", "vae": "first_stage_model."}
@@ -92,8 +93,8 @@ TABLE = {
         "text_model.final_layer_norm": "model.ln_final",
     },
 }
-PLACES = {"i": r"\d+", "j": r"\d+", "qkv": "[qkv]", "kind": "weight|bias", "coder": "encoder|decoder",
-          "resnet": r".+\.resnets\.\d+"}
+PLACES = {"i": r"(?P<i>\d+)", "j": r"(?P<j>\d+)", "qkv": "(?P<qkv>[qkv])", "kind": "(?P<kind>weight|bias)",
+          "coder": "(?P<coder>encoder|decoder)", "resnet": r"(?P<resnet>.+\.resnets\.\d+)"}
 
 REFUSED = {  # tensors that give away what is not ours to convert
     r"lora_(unet|te)\w*\..+|.+[._]lora[._].+": "a LoRA; merge it into its base model, then convert that",
@@ -147,12 +148,13 @@ def single_file_names(part: str, config: PartConfig) -> dict[str, list[str]]:
     """LDM's name of every tensor of a part -> ours; q, k and v where one of LDM's is three of ours."""
     with torch.device("meta"):
         ours = PARTS[part][0](config).state_dict()
+    rows = [(re.compile(re.sub(r"\\\{(\w+)\\\}", r"{\1}", re.escape(row)).format(**PLACES) + r"(?P<rest>(\..+)?)"), template)
+            for row, template in TABLE[config.hidden_act if part == "text_encoder" else part].items()]
     names = {}
     for our_name in ours:
         name = our_name
-        for row, template in TABLE[config.hidden_act if part == "text_encoder" else part].items():
-            pattern = re.sub(r"\\\{(\w+)\\\}", lambda place: f"(?P<{place[1]}>{PLACES[place[1]]})", re.escape(row))
-            match = re.fullmatch(pattern + r"(?P<rest>(\..+)?)", name)
+        for pattern, template in rows:
+            match = pattern.fullmatch(name)
             if match:
                 places = match.groupdict()
                 if part != "text_encoder":
@@ -194,7 +196,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         foreign = sorted(name for name in names if not re.fullmatch(HARMLESS, name))
         require(not foreign, f"{path}: refused, it asks to run {', '.join(foreign)}; get a .safetensors of this model")
-        with torch.serialization.safe_globals([(type("Inert", (Inert,), {}), name) for name in names]):
+        stand_ins = [(type("Inert", (Inert,), {}), name) for name in names]
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of pickles it then refuses
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         if isinstance(error, InputError):
@@ -284,10 +288,22 @@ def read_single_file(src: Path, prediction: str | None) -> tuple[Description, di
     return description, parts
 
 
+def write_settings(sd: StableDiffusion, folder: Path) -> None:
+    """Write everything that a model folder holds besides its weights."""
+    for part in PARTS:
+        (folder / part).mkdir(parents=True)
+        write_json(folder / part / "config.json", getattr(sd, part).config.to_dict())
+    (folder / "scheduler").mkdir()
+    write_json(folder / "scheduler" / "scheduler_config.json", sd.schedule.config.to_dict())
+    sd.tokenizer.save(folder / "tokenizer")
+    write_json(folder / "tinydb.json", sd.info.to_dict())
+    write_json(folder / "model_index.json", MODEL_INDEX)
+
+
 def pack(sd: StableDiffusion) -> str:
     """The settings and the tokenizer of a model folder as one text."""
     with TemporaryDirectory() as scratch:
-        sd.save_settings(Path(scratch))
+        write_settings(sd, Path(scratch))
         files = [path for path in sorted(Path(scratch).rglob("*")) if path.is_file()]
         return json.dumps({path.relative_to(scratch).as_posix(): path.read_text(encoding="utf-8") for path in files})
 
@@ -354,6 +370,7 @@ def download(repo: str, files: list[str] | None = None) -> Path:
             files = ["model_index.json"]  # and whatever an earlier run has put beside it
         elif files is None:
             files = needed_files(repo, HfApi().list_repo_files(repo))
+            hf_hub_download(repo, "model_index.json")  # here a gated repository refuses, before there are progress bars
         return Path(snapshot_download(repo, allow_patterns=files))
     except GatedRepoError:
         raise InputError(f"{repo}: a gated model; accept its terms on https://huggingface.co/{repo}, then `hf auth login` "
@@ -441,13 +458,16 @@ def main(settings: Settings):
     free = shutil.disk_usage(home).free
     require(free > size, f"{dst}: needs {size / 1e9:.1f} GB, {home} has {free / 1e9:.1f} GB free; make room, or use --half")
 
-    with written_whole(dst) as temporary, progress(temporary, size):
-        if dst.suffix == ".safetensors":
-            save_file(to_single_file(sd, dtype), temporary, {"format": "pt", "tinydb": pack(sd)})
-        else:
-            sd.save_settings(temporary)
-            for part in PARTS:
-                save_model(getattr(sd, part), temporary, part, dtype)
+    try:
+        with written_whole(dst) as temporary, progress(temporary, size):
+            if dst.suffix == ".safetensors":
+                save_file(to_single_file(sd, dtype), temporary, {"format": "pt", "tinydb": pack(sd)})
+            else:
+                write_settings(sd, temporary)
+                for part, name in WEIGHT_FILES.items():
+                    save_tensors(getattr(sd, part).state_dict(), temporary / part / name, dtype)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{dst}: could not be written ({first_line(error)})") from None
     print(f"{dst}: written, {size / 1e9:.2f} GB")
 
 

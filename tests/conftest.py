@@ -1,7 +1,7 @@
 """Small random models of each kind, in diffusers and in tinydb, from one config and one folder.
 
-diffusers and transformers build a model from our config and save it, and `tinydb.load` opens what they saved: every
-parity test tests reading the folder as well.
+diffusers and transformers build a model from our config and save it, and `tinydb.load` opens what they saved:
+every parity test tests reading the folder as well.
 """
 
 import functools
@@ -16,7 +16,8 @@ import diffusers
 import pytest
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline,
+                       UNet2DConditionModel)
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
@@ -31,8 +32,8 @@ transformers.utils.logging.disable_progress_bar()
 
 KINDS = ["sd1", "sd2", "tiny"]
 MERGES = [tuple(pair.split()) for pair in (
-    "t h", "th e</w>", "o f</w>", "p h", "o t", "ph ot", "phot o</w>", "d o", "do g</w>", "c a", "ca t</w>", "r e",
-    "re d</w>", "o h", "w x</w>", "oh wx</w>", "i n", "in g</w>", "' s</w>", "! !</w>", "Ã ©</w>")]
+    "t h", "th e</w>", "o f</w>", "p h", "o t", "ph ot", "phot o</w>", "d o", "do g</w>", "c a", "ca t</w>",
+    "r e", "re d</w>", "o h", "w x</w>", "oh wx</w>", "i n", "in g</w>", "' s</w>", "! !</w>", "Ã ©</w>")]
 
 
 def vocabulary() -> dict[str, int]:
@@ -60,9 +61,9 @@ class Kind:
 
 def text_config(width: int, **settings: Any) -> TextConfig:
     ids = vocabulary()
-    return TextConfig(vocab_size=len(ids), hidden_size=width, intermediate_size=2 * width, num_attention_heads=4,
-                      num_hidden_layers=2, bos_token_id=ids["<|startoftext|>"], eos_token_id=ids["<|endoftext|>"],
-                      **settings)
+    return TextConfig(vocab_size=len(ids), hidden_size=width, intermediate_size=2 * width,
+                      num_attention_heads=4, num_hidden_layers=2, bos_token_id=ids["<|startoftext|>"],
+                      eos_token_id=ids["<|endoftext|>"], **settings)
 
 
 def vae_config(*channels: int, **settings: Any) -> VAEConfig:
@@ -72,15 +73,17 @@ def vae_config(*channels: int, **settings: Any) -> VAEConfig:
 
 @functools.cache
 def small(kind: str) -> Kind:
-    """Stable Diffusion 1 and 2 and the embedded model, with everything that tells them apart but their size."""
-    cross, plain, up_cross, up_plain = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
+    """Stable Diffusion 1 and 2 and the embedded model, with all that tells them apart but their size."""
+    cross, plain = "CrossAttnDownBlock2D", "DownBlock2D"
+    up_cross, up_plain = "CrossAttnUpBlock2D", "UpBlock2D"
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     unet = {"sample_size": 8, "norm_num_groups": 8, "block_out_channels": (32, 64, 64)}
     if kind == "sd1":
         return Kind(text_config(32, pad_token_id=vocabulary()["<|endoftext|>"]),
                     UNetConfig(**unet, down_block_types=(cross, cross, plain), cross_attention_dim=32,
                                up_block_types=(up_plain, up_cross, up_cross), attention_head_dim=4),
-                    vae_config(8, 16, 16, 16, layers_per_block=2), ScheduleConfig(**schedule), "<|endoftext|>")
+                    vae_config(8, 16, 16, 16, layers_per_block=2),
+                    ScheduleConfig(**schedule), "<|endoftext|>")
     if kind == "sd2":
         return Kind(text_config(48, hidden_act="gelu", pad_token_id=0),
                     UNetConfig(**unet, down_block_types=(cross, cross, plain), cross_attention_dim=48,
@@ -89,11 +92,11 @@ def small(kind: str) -> Kind:
                     vae_config(8, 16, 16, 16, layers_per_block=2),
                     ScheduleConfig(**schedule, prediction_type="v_prediction"), "!")
     return Kind(text_config(32),
-                UNetConfig(**unet, down_block_types=(plain, cross, cross), cross_attention_dim=32, in_channels=8,
-                           up_block_types=(up_cross, up_cross, up_plain), attention_head_dim=4, out_channels=8,
-                           layers_per_block=1),
-                vae_config(8, 16, 16, latent_channels=8, scaling_factor=0.7), ScheduleConfig(**schedule),
-                "<|endoftext|>")
+                UNetConfig(**unet, down_block_types=(plain, cross, cross), cross_attention_dim=32,
+                           up_block_types=(up_cross, up_cross, up_plain), attention_head_dim=4,
+                           in_channels=8, out_channels=8, layers_per_block=1),
+                vae_config(8, 16, 16, latent_channels=8, scaling_factor=0.7),
+                ScheduleConfig(**schedule), "<|endoftext|>")
 
 
 def randomize(model: nn.Module, seed: int) -> nn.Module:
@@ -122,15 +125,10 @@ def reference_models(kind: Kind) -> dict[str, nn.Module]:
 class Pair:
     """One model twice: diffusers' pipeline, and what tinydb reads from the folder that the pipeline saved."""
 
-    kind: str
     config: Kind
     folder: Path
     reference: StableDiffusionPipeline
     sd: tinydb.StableDiffusion
-
-    @property
-    def seed(self) -> int:
-        return KINDS.index(self.kind)
 
 
 @pytest.fixture(scope="session")
@@ -139,8 +137,9 @@ def pairs(tmp_path_factory) -> Callable[[str], Pair]:
     @functools.cache
     def build(name: str) -> Pair:
         kind, folder = small(name), tmp_path_factory.mktemp(name)
-        models = {part: randomize(model, seed) for seed, (part, model) in enumerate(reference_models(kind).items())}
-        settings = {**kind.schedule.to_dict(), "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}
+        models = {part: randomize(model, len(part)) for part, model in reference_models(kind).items()}
+        settings = {**kind.schedule.to_dict(), "set_alpha_to_one": False, "clip_sample": False,
+                    "steps_offset": 1}
         pipeline = StableDiffusionPipeline(
             **models, tokenizer=reference_tokenizer(kind.pad), scheduler=DDIMScheduler.from_config(settings),
             safety_checker=None, feature_extractor=None, requires_safety_checker=False)
@@ -148,7 +147,7 @@ def pairs(tmp_path_factory) -> Callable[[str], Pair]:
         pipeline.save_pretrained(folder)
         if name == "sd1":  # Stable Diffusion 1.5 comes with another sampler
             PNDMScheduler.from_config(settings).save_pretrained(folder / "scheduler")
-        return Pair(name, kind, folder, pipeline, tinydb.load(folder))
+        return Pair(kind, folder, pipeline, tinydb.load(folder))
     return build
 
 
@@ -177,4 +176,5 @@ def edit_json(path: Path, **changes: Any) -> None:
 def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
     """Replace the tensors of a safetensors file by what `edit` makes of them."""
     tensors = edit({name: tensor.clone() for name, tensor in load_file(path).items()})
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"})

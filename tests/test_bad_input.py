@@ -14,6 +14,7 @@ from tinydb.config import InputError, ScheduleConfig, TextConfig, UNetConfig, VA
 from tinydb.tokenizer import CLIPTokenizer
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
+SCHEDULER = "scheduler/scheduler_config.json"
 
 
 def refusal(action: Callable, *arguments) -> str:
@@ -48,20 +49,20 @@ def test_folder_that_is_not_a_model(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["unet/config.json", "vae/config.json", "text_encoder/config.json",
-                                  "scheduler/scheduler_config.json", UNET, "text_encoder/model.safetensors"])
+                                  SCHEDULER, UNET, "text_encoder/model.safetensors"])
 def test_missing_file(folder, part):
     (folder / part).unlink()
     assert_refused(folder, f"{part}: no such file", "convert_weights.py")
 
 
 @pytest.mark.parametrize("file, changes, words", [
-    ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, ["StableDiffusionXLPipeline", "1.x and 2.x"]),
+    ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, ["XLPipeline", "1.x and 2.x"]),
     ("unet/config.json", {"addition_embed_type": "text_time"}, ["unet/config.json", "SDXL", "1.x and 2.x"]),
     ("unet/config.json", {"in_channels": 9}, ["in_channels 9", "inpainting", "text-to-image model"]),
     ("unet/config.json", {"act_fn": "mish"}, ["unet/config.json", "act_fn = 'mish'", "'silu'"]),
-    ("unet/config.json", {"encoder_hid_dim": 768}, ["unet/config.json", "encoder_hid_dim = 768", "1.x or 2.x"]),
+    ("unet/config.json", {"encoder_hid_dim": 768}, ["unet/config.json", "encoder_hid_dim = 768"]),
     ("unet/config.json", {"time_cond_proj_dim": 256}, ["unet/config.json", "time_cond_proj_dim = 256"]),
-    ("unet/config.json", {"class_embed_type": "timestep"}, ["unet/config.json", "class_embed_type = 'timestep'"]),
+    ("unet/config.json", {"class_embed_type": "timestep"}, ["class_embed_type = 'timestep'", "1.x or 2.x"]),
     ("unet/config.json", {"down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"]},
      ["down_block_types", "AttnDownBlock2D", "CrossAttnDownBlock2D"]),
     ("unet/config.json", {"attention_head_dim": [4, 4]}, ["3 block_out_channels", "2 head counts"]),
@@ -72,10 +73,10 @@ def test_missing_file(folder, part):
     ("vae/config.json", {"shift_factor": 0.1}, ["vae/config.json", "shift_factor = 0.1"]),
     ("text_encoder/config.json", {"hidden_act": "relu"}, ["hidden_act = 'relu'", "'quick_gelu' or 'gelu'"]),
     ("text_encoder/config.json", {"hidden_size": 48}, ["text_encoder", "(48,)"]),
-    ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, ["prediction_type = 'sample'", "'epsilon'"]),
-    ("scheduler/scheduler_config.json", {"beta_schedule": "squaredcos_cap_v2"}, ["squaredcos_cap_v2", "'linear'"]),
-    ("scheduler/scheduler_config.json", {"trained_betas": [0.1]}, ["scheduler_config.json", "trained_betas"]),
-    ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, ["rescale_betas_zero_snr", "False"]),
+    (SCHEDULER, {"prediction_type": "sample"}, ["prediction_type = 'sample'", "'epsilon'"]),
+    (SCHEDULER, {"beta_schedule": "squaredcos_cap_v2"}, ["squaredcos_cap_v2", "'linear'"]),
+    (SCHEDULER, {"trained_betas": [0.1]}, ["scheduler_config.json", "trained_betas"]),
+    (SCHEDULER, {"rescale_betas_zero_snr": True}, ["rescale_betas_zero_snr", "False"]),
 ], ids=str)
 def test_unsupported_setting(folder, file, changes, words):
     edit_json(folder / file, **changes)
@@ -86,7 +87,7 @@ def test_unsupported_setting(folder, file, changes, words):
     ("unet/config.json", {"block_out_channels": 64}), ("unet/config.json", {"attention_head_dim": 0}),
     ("unet/config.json", {"norm_num_groups": "many"}), ("unet/config.json", {"layers_per_block": [1, 2, 2]}),
     ("vae/config.json", {"norm_num_groups": 3}), ("text_encoder/config.json", {"num_hidden_layers": "two"}),
-    ("scheduler/scheduler_config.json", {"beta_start": "small"}), ("tinydb.json", {"recipe": {"stepz": 3}}),
+    (SCHEDULER, {"beta_start": "small"}), ("tinydb.json", {"recipe": {"stepz": 3}}),
 ], ids=str)
 def test_senseless_setting(folder, file, changes):
     (folder / "tinydb.json").write_text("{}")
@@ -101,8 +102,10 @@ def test_every_tensor_that_does_not_fit_is_listed_at_once(folder):
         return {**tensors, "add_embedding.linear_1.bias": torch.zeros(7)}
 
     edit_tensors(folder / UNET, damage)
-    assert_refused(folder, UNET, "4 tensors", "missing conv_in.bias (32,)", "missing mid_block.resnets.0.norm1.weight",
-                   "unexpected add_embedding.linear_1.bias (7,)", "conv_out.weight is (4, 32, 1, 3)", "(4, 32, 3, 3)")
+    assert_refused(folder, UNET, "4 tensors", "missing conv_in.bias (32,)",
+                   "missing mid_block.resnets.0.norm1.weight (64,)",
+                   "unexpected add_embedding.linear_1.bias (7,)",
+                   "conv_out.weight is (4, 32, 1, 3)", "(4, 32, 3, 3)")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])
@@ -151,8 +154,9 @@ def unknown_pad(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage, words", [
-    (remove_merges, ["merges.txt"]), (damage_merges, ["merges.txt"]), (strange_merges, ["merges"]),
-    (binary_merges, ["merges.txt"]), (remove_end_token, ["<|endoftext|>", "vocab.json"]), (unknown_pad, ["[PAD]"]),
+    (remove_merges, ["merges.txt"]), (damage_merges, ["merges"]), (strange_merges, ["merges"]),
+    (binary_merges, ["merges"]), (remove_end_token, ["<|endoftext|>", "vocab.json"]),
+    (unknown_pad, ["[PAD]"]),
 ], ids=lambda value: getattr(value, "__name__", ""))
 def test_damaged_tokenizer(folder, pairs, damage, words):
     pairs("sd1").sd.tokenizer.save(folder / "tokenizer")
@@ -174,7 +178,7 @@ def test_text_encoder_of_another_width(folder, pairs):
 
 def test_tokenizer_of_a_larger_vocabulary(folder):
     def shrink(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor[:500].clone() if "token_embedding" in name else tensor for name, tensor in tensors.items()}
+        return {name: tensor[:500] if "token_emb" in name else tensor for name, tensor in tensors.items()}
 
     edit_tensors(folder / "text_encoder/model.safetensors", shrink)
     edit_json(folder / "text_encoder/config.json", vocab_size=500)
@@ -193,8 +197,8 @@ def test_impossible_step_counts(pairs, steps):
 
 
 @pytest.mark.parametrize("config, entries", [
-    (TextConfig, {"hidden_act": "relu"}), (UNetConfig, {"in_channels": 9}), (VAEConfig, {"block_out_channels": []}),
-    (ScheduleConfig, {"prediction_type": "sample"})])
+    (TextConfig, {"hidden_act": "relu"}), (UNetConfig, {"in_channels": 9}),
+    (VAEConfig, {"block_out_channels": []}), (ScheduleConfig, {"prediction_type": "sample"})])
 def test_refusals_name_the_file(config, entries):
     assert "some/config.json" in refusal(config.from_dict, entries, "some/config.json")
 

@@ -1,4 +1,4 @@
-"""Noise schedule, targets, DDIM and guidance against diffusers' DDIMScheduler and against their own definitions."""
+"""Noise schedule, targets, DDIM and guidance against diffusers' DDIMScheduler and their own definitions."""
 
 from dataclasses import replace
 
@@ -15,7 +15,8 @@ V_PREDICTION = replace(STABLE_DIFFUSION, prediction_type="v_prediction")
 LINEAR = ScheduleConfig(beta_schedule="linear")
 SHAPE = (3, 4, 8, 8)
 
-each_prediction = pytest.mark.parametrize("config", [STABLE_DIFFUSION, V_PREDICTION], ids=lambda c: c.prediction_type)
+each_prediction = pytest.mark.parametrize("config", [STABLE_DIFFUSION, V_PREDICTION],
+                                          ids=lambda config: config.prediction_type)
 
 
 def reference(config: ScheduleConfig, steps: int = 20) -> DDIMScheduler:
@@ -73,7 +74,8 @@ def test_split_inverts_target(config):
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 20, 30, 50, 333, 999])
 def test_ddim_timesteps(steps):
-    assert ddim_timesteps(NoiseSchedule(STABLE_DIFFUSION), steps) == reference(STABLE_DIFFUSION, steps).timesteps.tolist()
+    expected = reference(STABLE_DIFFUSION, steps).timesteps.tolist()
+    assert ddim_timesteps(NoiseSchedule(STABLE_DIFFUSION), steps) == expected
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1000])
@@ -89,9 +91,10 @@ def test_impossible_step_counts(steps):
 def test_ddim_step(config, eta, timestep):
     """Noise comes from one generator per picture, so a picture does not depend on the others of its batch."""
     noise = torch.stack([torch.randn(SHAPE[1:], generator=generator) for generator in seeds(5, 6, 7)])
-    expected = reference(config).step(normal(0), timestep, normal(1), eta=eta, variance_noise=noise).prev_sample
-    ours = ddim_step(NoiseSchedule(config), normal(0), normal(1), timestep, timestep - 50, eta, seeds(5, 6, 7))
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    expected = reference(config).step(normal(0), timestep, normal(1), eta=eta, variance_noise=noise)
+    schedule = NoiseSchedule(config)
+    ours = ddim_step(schedule, normal(0), normal(1), timestep, timestep - 50, eta, seeds(5, 6, 7))
+    torch.testing.assert_close(ours, expected.prev_sample, rtol=1e-4, atol=1e-4)
 
 
 @each_prediction
@@ -111,8 +114,8 @@ def test_ddim_with_the_true_noise_arrives_at_the_clean_latents(config):
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_sampling_leaves_the_starting_latents_alone(eta):
-    start = normal(0)
-    latents = list(sample(NoiseSchedule(STABLE_DIFFUSION), lambda x, t: 0.1 * x, start, 3, eta, seeds(0, 1, 2)))
+    schedule, start = NoiseSchedule(STABLE_DIFFUSION), normal(0)
+    latents = list(sample(schedule, lambda x, t: 0.1 * x, start, 3, eta, seeds(0, 1, 2)))
     assert len(latents) == 3 and torch.equal(start, normal(0))
 
 

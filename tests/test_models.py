@@ -44,8 +44,8 @@ def assert_close(ours: Tensor, reference: Tensor) -> None:
 
 
 def assert_gradients_close(ours: nn.Module, reference: nn.Module, name_of=str) -> None:
-    """Each tensor's gradient within 1e-3 of its norm; tensors whose gradient is rounding noise are measured against
-    the whole model's. `name_of` makes our names of the reference's."""
+    """Each tensor's gradient within 1e-3 of its norm; tensors whose gradient is rounding noise are measured
+    against the whole model's. `name_of` makes our names of the reference's."""
     expected = {name_of(name): parameter.grad for name, parameter in reference.named_parameters()}
     found = {name: parameter.grad for name, parameter in ours.named_parameters()}
     floor = 1e-6 * torch.cat([grad.flatten() for grad in expected.values()]).norm()
@@ -84,7 +84,7 @@ def test_text_encoder_gradients(pair):
     assert_gradients_close(ours, reference, prefixed)
 
 
-@pytest.mark.parametrize("size", [(8, 8), (12, 8), (7, 5), (9, 10)], ids=lambda size: "x".join(map(str, size)))
+@pytest.mark.parametrize("size", [(8, 8), (12, 8), (7, 5), (9, 10)], ids=str)
 def test_unet_output(pair, size):
     inputs = unet_inputs(pair, size)
     with torch.inference_mode():
@@ -111,7 +111,8 @@ def test_vae_encode(pair, size):
 
 @pytest.mark.parametrize("size", [(4, 4), (3, 5)], ids=["square", "wide"])
 def test_vae_decode(pair, size):
-    latents = torch.randn(2, pair.config.vae.latent_channels, *size, generator=torch.Generator().manual_seed(4))
+    shape = (2, pair.config.vae.latent_channels, *size)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(4))
     with torch.inference_mode():
         reference = pair.reference.vae.decode(latents / pair.config.vae.scaling_factor).sample
         assert_close(pair.sd.vae.decode(latents), reference)
@@ -128,7 +129,7 @@ def test_vae_log_variance_is_clamped(pairs):
 
 @real_sizes
 def test_tensor_names_and_shapes_at_real_size(kind):
-    """The names are those of the weight files; `text_model.` is how published files spell the text encoder."""
+    """The names are those of the weight files, where the text encoder's start with `text_model.`."""
     with torch.device("meta"):
         references = reference_models(kind)
     for part, ours in our_models(kind).items():
@@ -154,7 +155,8 @@ def test_group_norm_eps(kind):
            for part in ("vae", "unet")}
     assert eps["vae"] == [1e-6] * 52
     assert sorted(eps["unet"]) == [1e-6] * 16 + [1e-5] * 45
-    assert all(module.norm.eps == 1e-6 for module in models["unet"].modules() if isinstance(module, Transformer2DModel))
+    transformers = [module for module in models["unet"].modules() if isinstance(module, Transformer2DModel)]
+    assert [module.norm.eps for module in transformers] == [1e-6] * 16
 
 
 @pytest.mark.parametrize("kind, shape", [(SD15, (320, 320, 1, 1)), (SD2, (320, 320))], ids=["sd1.5", "sd2"])
@@ -172,7 +174,7 @@ def test_attention_head_dim_is_the_number_of_heads(kind, heads):
 
 @pytest.mark.parametrize("padding, seen", [(0, (0, 0)), (1, (1, 1))], ids=["vae", "unet"])
 def test_downsample_padding(padding, seen):
-    """The VAE pads right and below only: the top left pixel meets the kernel's top left weight, not its centre."""
+    """The VAE pads right and below only: the top left pixel meets the kernel's corner, not its centre."""
     downsample = Downsample2D(1, padding)
     impulse = torch.zeros(1, 1, 4, 4)
     impulse[0, 0, 0, 0] = 1

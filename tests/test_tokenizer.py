@@ -12,17 +12,21 @@ from tinydb.tokenizer import CLIPTokenizer
 
 PADS = ["<|endoftext|>", "!"]
 PIECES = [
-    "the photo of dog's cat ohwx red", "The PHOTO Of", "don't we'll it'd I'm they've you're", "naïve café ÉÀ ß ǅ",
-    "e\u0301 o\u0308\u0323 \u212b \ufb01", "日本語の写真", "Привет мир", "שלום عليكم", "हिन्दी ไทย", "🐶👨\u200d👩\u200d👧 🇫🇷 ❤\ufe0f",
-    "½ ٣ 42 1,000.5 Ⅳ ²", " \t\n\r\x0b\x0c\u00a0\u2003\u3000\u2028", "\x00\x01\x07\x1b\x7f\x85\u200b\ufeff\ufffd\ufffe",
-    "!!! ?! -- ... <|> |endoftext| ¡¿", "<|startoftext|>", "<|endoftext|>", "<|ENDOFTEXT|>", "</w> Ġ Ã© [V] (a:1.2)",
+    "the photo of dog's cat ohwx red", "The PHOTO Of", "don't we'll it'd I'm they've you're",
+    "naïve café ÉÀ ß ǅ", "e\u0301 o\u0308\u0323 \u212b \ufb01", "日本語の写真", "Привет мир",
+    "שלום عليكم", "हिन्दी ไทย", "🐶👨\u200d👩\u200d👧 🇫🇷 ❤\ufe0f",
+    "½ ٣ 42 1,000.5 Ⅳ ²", " \t\n\r\x0b\x0c\u00a0\u2003\u3000\u2028",
+    "\x00\x01\x07\x1b\x7f\x85\u200b\ufeff\ufffd\ufffe",
+    "!!! ?! -- ... <|> |endoftext| ¡¿", "<|startoftext|>", "<|endoftext|>", "<|ENDOFTEXT|>",
+    "</w> Ġ Ã© [V] (a:1.2)",
     "\U0010ffff\ue000\u0378"]
 
 
 def random_text(rng: random.Random) -> str:
     """A few words, letters or symbols, or many; some from one script, some from anywhere in Unicode."""
     length = rng.choice([0, 1, 2, 5, 10, 30, 120])
-    choices = (lambda: rng.choice(PIECES), lambda: rng.choice(rng.choice(PIECES)), lambda: rng.choice("abcdegotx!' "),
+    choices = (lambda: rng.choice(PIECES), lambda: rng.choice(rng.choice(PIECES)),
+               lambda: rng.choice("abcdegotx!' "),
                lambda: chr(rng.choice([rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)])))
     pick = rng.choice([*choices, lambda: rng.choice(choices)()])
     return "".join(pick() for _ in range(length))
@@ -39,7 +43,8 @@ def tokenizer(pad) -> CLIPTokenizer:
 
 
 def reference_ids(pad: str, texts: list[str]) -> torch.Tensor:
-    return reference_tokenizer(pad)(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    tokenizer = reference_tokenizer(pad)
+    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def test_ids_of_random_texts(tokenizer, pad):
@@ -57,8 +62,8 @@ def test_one_text_is_a_batch_of_one(tokenizer):
 def test_layout_of_a_row(tokenizer, pad):
     """Start, text, end, padding; the merges make one token of a word."""
     ids = vocabulary()
-    start, end = ids["<|startoftext|>"], ids["<|endoftext|>"]
-    assert tokenizer.encode("The dog")[0].tolist() == [start, ids["the</w>"], ids["dog</w>"], end] + [ids[pad]] * 73
+    row = ["<|startoftext|>", "the</w>", "dog</w>", "<|endoftext|>"] + [pad] * 73
+    assert tokenizer.encode("The dog")[0].tolist() == [ids[token] for token in row]
 
 
 def test_long_text_is_cut_before_the_end_token(tokenizer):
@@ -84,15 +89,15 @@ def test_dropped(tokenizer, text, lost):
 
 def test_exclamation_marks_are_padding_where_that_is_the_pad_token(tokenizer, pad):
     ids = vocabulary()
-    expected = {"!": [ids["dog</w>"], 0, 0], "<|endoftext|>": [ids["dog</w>"], ids["!!</w>"], ids["<|endoftext|>"]]}
-    assert tokenizer.encode("dog!!")[0, 1:4].tolist() == expected[pad]
+    expected = {"!": [0, 0], "<|endoftext|>": [ids["!!</w>"], ids["<|endoftext|>"]]}
+    assert tokenizer.encode("dog!!")[0, 2:4].tolist() == expected[pad]
 
 
 def test_save_and_read(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    read = CLIPTokenizer.read(tmp_path)
-    assert vars(read).keys() == vars(tokenizer).keys()
-    assert all(getattr(read, name) == getattr(tokenizer, name) for name in ("vocab", "merges", "pad", "max_length"))
+    expected, read = vars(tokenizer), vars(CLIPTokenizer.read(tmp_path))
+    assert {**read, "bpe": None} == {**expected, "bpe": None}
+    assert read["bpe"].to_str() == expected["bpe"].to_str()
 
 
 def test_transformers_reads_what_we_save(tokenizer, tmp_path):

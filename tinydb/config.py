@@ -9,11 +9,18 @@ import argparse
 import json
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from types import UnionType
+from typing import Any, ClassVar, get_args, get_origin
 
 
 class InputError(ValueError):
     """What the user gave cannot be used. The text is one line: what was given, what was expected, the cure."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise InputError with `message` unless `condition` holds."""
+    if not condition:
+        raise InputError(message)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -32,6 +39,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` as the readable JSON that diffusers and transformers write."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def plain_types(annotation: Any) -> tuple[type, ...]:
+    """What isinstance takes for a field's annotation: int | tuple[int, ...] -> (int, tuple)."""
+    alternatives = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    kinds = tuple(get_origin(kind) or kind for kind in alternatives)
+    return (*kinds, int) if float in kinds else kinds  # JSON writes 1.0 as 1
 
 
 @dataclass(frozen=True)
@@ -57,25 +71,27 @@ class PartConfig:
             if key in cls.FIXED:
                 supported = value == cls.FIXED[key]
             else:
-                supported = key in names or key in cls.HEADER or not cls.CLOSED or key[0] == "_" or value in (None, False)
+                supported = (key in names or key in cls.HEADER or not cls.CLOSED or key.startswith("_")
+                             or value is None or value is False)
             if not supported:
                 expected = f"only {cls.FIXED[key]!r}" if key in cls.FIXED else "no such setting"
                 raise InputError(f"{source}: {key} = {value!r} is not supported ({expected}); use an SD 1.x or 2.x model")
-        chosen = {name: entries[name] for name in names if entries.get(name) is not None}
+        chosen = {}
+        for f in fields(cls):
+            value = entries.get(f.name)
+            value = tuple(value) if isinstance(value, list) else value
+            if value is not None:
+                require(isinstance(value, plain_types(f.type)),
+                        f"{source}: {f.name} = {entries[f.name]!r} is not supported; use an SD 1.x or 2.x model")
+                chosen[f.name] = value
         try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in chosen.items()})
-        except (TypeError, ZeroDivisionError) as error:
-            raise InputError(f"{source}: {error}; the file is damaged or not of an SD 1.x or 2.x model") from None
+            return cls(**chosen)
+        except (InputError, ZeroDivisionError) as error:
+            raise InputError(f"{source}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The entries of the config file, as diffusers and transformers read them."""
         return {**self.HEADER, **asdict(self)}
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise InputError with `message` unless `condition` holds."""
-    if not condition:
-        raise InputError(message)
 
 
 @dataclass(frozen=True)
@@ -118,7 +134,6 @@ class UNetConfig(PartConfig):
     layers_per_block: int = 2
     cross_attention_dim: int = 1280
     attention_head_dim: int | tuple[int, ...] = 8
-    num_attention_heads: int | tuple[int, ...] | None = None  # overrides attention_head_dim where given
     use_linear_projection: bool = False
     upcast_attention: bool = False
     norm_num_groups: int = 32
@@ -128,7 +143,7 @@ class UNetConfig(PartConfig):
     FIXED = {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_type": "UNetMidBlock2DCrossAttn",
              "downsample_padding": 1, "mid_block_scale_factor": 1, "dropout": 0, "transformer_layers_per_block": 1,
              "resnet_time_scale_shift": "default", "resnet_out_scale_factor": 1, "time_embedding_type": "positional",
-             "conv_in_kernel": 3, "conv_out_kernel": 3, "attention_type": "default",
+             "num_attention_heads": None, "conv_in_kernel": 3, "conv_out_kernel": 3, "attention_type": "default",
              "addition_embed_type_num_heads": 64}
 
     def __post_init__(self):
@@ -150,7 +165,7 @@ class UNetConfig(PartConfig):
     @property
     def heads(self) -> tuple[int, ...]:
         """Attention heads at each level, from the finest to the coarsest."""
-        heads = self.num_attention_heads or self.attention_head_dim
+        heads = self.attention_head_dim
         return heads if isinstance(heads, tuple) else (heads,) * len(self.block_out_channels)
 
 
@@ -177,6 +192,8 @@ class VAEConfig(PartConfig):
                 and self.up_block_types == ("UpDecoderBlock2D",) * levels,
                 f"{self.down_block_types} and {self.up_block_types} for {levels} block_out_channels: "
                 "only as many DownEncoderBlock2D and UpDecoderBlock2D are supported")
+        require(all(channels % self.norm_num_groups == 0 for channels in self.block_out_channels),
+                f"block_out_channels {self.block_out_channels} are not divisible by {self.norm_num_groups} groups")
 
     @property
     def factor(self) -> int:
@@ -200,6 +217,7 @@ class ScheduleConfig(PartConfig):
     FIXED = {"trained_betas": None, "rescale_betas_zero_snr": False}
 
     def __post_init__(self):
+        require(self.num_train_timesteps > 0, f"num_train_timesteps {self.num_train_timesteps}: expected more than 0")
         require(self.beta_schedule in ("linear", "scaled_linear"),
                 f"beta_schedule = {self.beta_schedule!r} is not supported; expected 'linear' or 'scaled_linear'")
         require(self.prediction_type in ("epsilon", "v_prediction"),

@@ -79,7 +79,8 @@ class Latents:
 
 @dataclass
 class Draw:
-    """The random numbers of one training step: rows of latents, timesteps (B,) and noise (B, C, h, w)."""
+    """The random part of one training step, for each set of pictures (S) and each of its examples (N):
+    latents (S, N, C, h, w), noise (S, N, C, h, w) and timesteps (S, N)."""
 
     latents: Tensor
     noise: Tensor
@@ -87,21 +88,21 @@ class Draw:
 
 
 def draw_step(sets: list[Latents], count: int, num_timesteps: int, seed: int, step: int) -> Draw:
-    """`count` examples from each of `sets` (instance, then class), with their timesteps and noise.
+    """`count` examples from each of `sets` (instance, then class), with their noise and timesteps.
 
     Everything comes from one CPU generator that depends on seed and step alone: a resumed run, and any split of the
-    rows over processes, sees the same numbers.
+    examples over processes and micro-steps, sees the same numbers.
     """
     state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]) >> 1)
-    rows = []
+    drawn = []
     for latents in sets:
         total = len(latents.mean)
         # whole permutations, so that no picture comes twice before each came once
         order = torch.cat([torch.randperm(total, generator=generator) for _ in range(-(-count // total))])[:count]
         posterior_noise = torch.randn(latents.mean[order].shape, generator=generator)
-        rows.append(latents.mean[order] + latents.std[order] * posterior_noise)
-    x = torch.cat(rows)
-    noise = torch.randn(x.shape, generator=generator)
-    timesteps = torch.randint(num_timesteps, (len(x),), generator=generator)
-    return Draw(x, noise, timesteps)
+        drawn.append(latents.mean[order] + latents.std[order] * posterior_noise)
+    latents = torch.stack(drawn)
+    noise = torch.randn(latents.shape, generator=generator)
+    timesteps = torch.randint(num_timesteps, latents.shape[:2], generator=generator)
+    return Draw(latents, noise, timesteps)

@@ -61,8 +61,8 @@ def ddim_step(schedule: NoiseSchedule, prediction: Tensor, latents: Tensor, time
               eta: float = 0.0, generators: list[torch.Generator] | None = None) -> Tensor:
     """One step x_t -> x_previous of DDIM (arXiv 2010.02502, equation 12).
 
-    `eta` 0 is deterministic; 1 is DDPM's variance, its noise drawn from one generator per picture. The last step's `previous` lies before 0, where alphas_cumprod
-    stays that of timestep 0.
+    `eta` 0 is deterministic; 1 is DDPM's variance, its noise drawn from one generator per picture. The last step's
+    `previous` lies before 0, where alphas_cumprod stays that of timestep 0.
     """
     clean, noise = schedule.split(prediction, latents, torch.tensor([timestep]))
     alpha_t, alpha_prev = (schedule.alphas_cumprod[max(t, 0)].item() for t in (timestep, previous))

@@ -1,5 +1,6 @@
 """Stable Diffusion put together: the parts of a model folder, and how a prompt becomes pictures."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,23 @@ from PIL import Image
 from torch import Tensor
 
 from tinydb.clip import CLIPTextModel
-from tinydb.config import (InputError, ModelInfo, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, read_json, require,
-                           write_json)
+from tinydb.config import (
+    InputError,
+    ModelInfo,
+    ScheduleConfig,
+    TextConfig,
+    UNetConfig,
+    VAEConfig,
+    read_json,
+    require,
+    write_json,
+)
 from tinydb.diffusion import NoiseSchedule, guided, sample
 from tinydb.pictures import to_images
 from tinydb.tokenizer import PLACEHOLDER, CLIPTokenizer
 from tinydb.unet import UNet2DConditionModel
 from tinydb.vae import AutoencoderKL
-from tinydb.weights import load_model, save_model, written_whole
+from tinydb.weights import link_or_copy, load_model, save_model, written_whole
 
 DEFAULT_IDENTIFIER = "ohwx"  # one rare token of CLIP's vocabulary, and of the embedded model's
 DECODE_BATCH = 8  # pictures decoded at once: at full size the decoder needs more memory than the UNet
@@ -130,16 +140,23 @@ class StableDiffusion:
             model.to(device)
         return self
 
-    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write the model folder, which diffusers opens as well; it appears whole or not at all."""
+    def save(self, folder: str | Path, dtype: torch.dtype | None = torch.float32, vae_from: Path | None = None) -> None:
+        """Write the model folder, which diffusers opens as well; it appears whole or not at all.
+
+        `dtype` None leaves each tensor as it is. `vae_from` is a model folder whose VAE files this one may share.
+        """
         with written_whole(Path(folder)) as path:
             self.save_settings(path)
-            for part in PARTS:
+            for part in ("text_encoder", "unet"):
                 save_model(getattr(self, part), path, part, dtype)
+            if vae_from is None:
+                save_model(self.vae, path, "vae", dtype)
+            else:
+                shutil.copytree(vae_from / "vae", path / "vae", copy_function=link_or_copy, dirs_exist_ok=True)
 
     def save_settings(self, folder: Path) -> None:
-        """Write everything that a model folder holds besides the weights."""
-        for part in PARTS:
+        """Write everything of a model folder but the weights."""
+        for part in ("text_encoder", "unet", "vae"):
             (folder / part).mkdir(parents=True)
             write_json(folder / part / "config.json", getattr(self, part).config.to_dict())
         (folder / "scheduler").mkdir()

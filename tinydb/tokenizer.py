@@ -28,8 +28,12 @@ class CLIPTokenizer:
         if missing:
             raise InputError(f"tokenizer: no {' and no '.join(missing)} in the vocabulary; expected CLIP's vocab.json")
         self.vocab, self.merges, self.pad, self.max_length = vocab, merges, pad, max_length
-        self.bpe = Tokenizer(BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix="</w>",
-                                 unk_token=EOS, fuse_unk=False))
+        try:
+            self.bpe = Tokenizer(BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix="</w>",
+                                     unk_token=EOS, fuse_unk=False))
+        except Exception as error:  # the library raises nothing narrower
+            reason = str(error).splitlines()[0]
+            raise InputError(f"tokenizer: merges and vocabulary do not fit ({reason}); copy both from one model") from None
         self.bpe.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
         self.bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -71,7 +75,7 @@ class CLIPTokenizer:
                 model = read_json(folder / "tokenizer.json")["model"]
                 vocab = model["vocab"]
                 merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-        except (OSError, KeyError, TypeError) as error:
+        except (OSError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise InputError(f"{folder}: not a CLIP tokenizer ({error}); expected vocab.json and merges.txt") from None
         return cls(vocab, merges, pad, min(settings.get("model_max_length", 77), 77))
 

@@ -55,6 +55,12 @@ def canonical_name(part: str, name: str) -> str | None:
     return name
 
 
+def canonical_names(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights among `tensors`, under their canonical names."""
+    named = {canonical_name(part, name): tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in named.items() if name is not None}
+
+
 def refuse_pointer(path: Path) -> None:
     """InputError where a file is what git-lfs leaves in its place."""
     with path.open("rb") as file:
@@ -87,8 +93,7 @@ def fit_model(model_class: type[Model], config: PartConfig, part: str, tensors: 
 
     The model is built on the meta device and adopts the mapped tensors, so nothing is initialised in vain.
     """
-    named = ((canonical_name(part, name), tensor) for name, tensor in tensors.items())
-    state = {name: tensor for name, tensor in named if name is not None}
+    state = canonical_names(part, tensors)
     with torch.device("meta"):
         model = model_class(config)
     expected = model.state_dict()
@@ -103,26 +108,46 @@ def fit_model(model_class: type[Model], config: PartConfig, part: str, tensors: 
 
 
 def save_model(model: nn.Module, folder: Path, part: str, dtype: torch.dtype | None) -> None:
-    """Write the weights of a part into `folder/part`, in row-major order whatever their layout in memory; a `dtype` of
-    None keeps their precision."""
-    (folder / part).mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / part / WEIGHT_FILES[part], metadata={"format": "pt"})
+    """Write the weights of a part into the folder `folder/part`; `dtype` None leaves each tensor as it is."""
+    save_tensors(model.state_dict(), folder / part / WEIGHT_FILES[part], dtype)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
+    """Write tensors in row-major order, whatever their device and layout in memory."""
+    contiguous = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata={"format": "pt"})  # older transformers refuse a file without it
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary sibling of `path` to write a file or a folder to; it takes the place of `path` when all went well."""
+    """A temporary sibling of `path` to write a file or a folder to; it takes the place of `path` when all went well.
+
+    It is on the disk before it gets its name, so not even a power cut leaves half of it under that name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     remove(temporary)
     try:
         yield temporary
+        for written in [temporary, *temporary.rglob("*")]:
+            flush(written)
         if path.is_dir():
             remove(path)  # a folder cannot be renamed over another
         os.replace(temporary, path)
+        flush(path.parent)
     finally:
         remove(temporary)
+
+
+def flush(path: Path) -> None:
+    """Have the system put a file or a folder's list of names on the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open a folder, and does not need to
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove(path: Path) -> None:
@@ -131,3 +156,11 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def link_or_copy(source: str, destination: str) -> None:
+    """A second name for a file where the file system can, else a copy: frozen weights need no second place."""
+    try:
+        os.link(source, destination)
+    except OSError:
+        shutil.copyfile(source, destination)

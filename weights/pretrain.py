@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,7 @@ class Settings:
     result: str = option("weights/tiny", "model folder to write at the end")
     images: int = option(30000, "scenes to render", type=int)
     vae_steps: int = option(7000, "steps of the autoencoder", type=int)
+    decoder_steps: int = option(1600, "more steps of its decoder alone", type=int)
     vae_batch: int = option(8, "crops a step", type=int)
     vae_lr: float = option(2e-3, "learning rate of the autoencoder", type=float)
     steps: int = option(8000, "steps of text encoder and UNet", type=int)
@@ -95,7 +97,8 @@ def train(name: str, model: nn.Module, loss_of: Callable[[np.random.Generator], 
     `loss_of(rng)` draws a batch and returns the loss; the rng of a step depends on seed and step alone, so a run that
     continues sees what it would have seen. `preview(average)` may draw pictures, and returns a line to print.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average = deepcopy(model).requires_grad_(False)
     checkpoint, start = out / f"{name}.pt", 0
     if checkpoint.exists():
@@ -113,7 +116,7 @@ def train(name: str, model: nn.Module, loss_of: Callable[[np.random.Generator], 
             group["lr"] = lr * min(1, (step + 1) / 200) * decay
         loss = loss_of(np.random.default_rng([seed, step]))
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1)
+        nn.utils.clip_grad_norm_(trained, 1)
         optimizer.step()
         optimizer.zero_grad()
         keep = min(0.999, (1 + step) / (10 + step))  # the average forgets the beginning fast
@@ -133,7 +136,11 @@ def train(name: str, model: nn.Module, loss_of: Callable[[np.random.Generator], 
 
 
 def train_vae(settings: Settings, pictures: np.ndarray, out: Path, device: torch.device) -> AutoencoderKL:
-    """The autoencoder, on 32x32 crops: L1 + L2 and a KL term so light that it only keeps the latents bounded."""
+    """The autoencoder: L1 + L2 and a KL term so light that it only keeps the latents bounded.
+
+    First all of it on crops, which give the most steps for the time; then, as Stable Diffusion's own VAE was finished,
+    the decoder alone on whole pictures, where its norms see what they will see in use.
+    """
     torch.manual_seed(settings.seed)
     vae = AutoencoderKL(VAE).to(device, memory_format=torch.channels_last)
     with torch.no_grad():
@@ -142,10 +149,9 @@ def train_vae(settings: Settings, pictures: np.ndarray, out: Path, device: torch
             if name.endswith(("conv2.weight", "to_out.0.weight")):
                 parameter.zero_()  # start with every residual branch silent
 
-    def loss_of(rng: np.random.Generator) -> Tensor:
-        chosen = rng.integers(len(pictures), size=settings.vae_batch)
-        corners = rng.integers(SIZE // 2 + 1, size=(settings.vae_batch, 2))
-        crops = np.stack([pictures[i, y : y + SIZE // 2, x : x + SIZE // 2] for i, (y, x) in zip(chosen, corners)])
+    def loss_of(rng: np.random.Generator, batch: int, side: int) -> Tensor:
+        chosen, corners = rng.integers(len(pictures), size=batch), rng.integers(SIZE - side + 1, size=(batch, 2))
+        crops = np.stack([pictures[i, y : y + side, x : x + side] for i, (y, x) in zip(chosen, corners)])
         if rng.random() < 0.5:  # colours that the world lacks: subjects, photographs
             crops = np.ascontiguousarray(crops[..., rng.permutation(3)])
         pixels = to_pixels(crops).to(device, memory_format=torch.channels_last)
@@ -164,7 +170,12 @@ def train_vae(settings: Settings, pictures: np.ndarray, out: Path, device: torch
         grid(to_images(torch.cat([pixels[:16], decoded[:16]])), 8).save(out / "vae.png")
         return f"PSNR on unseen scenes {psnr.mean():.2f} dB"
 
-    return train("vae", vae, loss_of, settings.vae_steps, settings.vae_lr, settings.seed, out, preview)
+    crops = partial(loss_of, batch=settings.vae_batch, side=SIZE // 2)
+    vae = train("vae", vae, crops, settings.vae_steps, settings.vae_lr, settings.seed, out, preview)
+    vae.decoder.requires_grad_(True)
+    vae.post_quant_conv.requires_grad_(True)
+    whole = partial(loss_of, batch=settings.vae_batch // 2, side=SIZE)
+    return train("decoder", vae, whole, settings.decoder_steps, settings.vae_lr / 2, settings.seed, out, preview)
 
 
 

@@ -1,0 +1,513 @@
+"""Every conversion of convert_weights.py, on narrow models of each kind, and everything that it refuses."""
+
+import json
+import pickle
+import subprocess
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Pair, edit_json, edit_tensors
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import convert_weights
+import tinydb
+from convert_weights import PARTS, SD1, SD2, Description, Inert, Settings, single_file_names
+from tinydb.config import InputError
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "weights" / "tiny"
+UNET, VAE, CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
+BUFFERS = ["betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+           "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
+           "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"]
+
+
+def convert(src: Path, dst: Path, **options) -> Path:
+    """Run the command in this process."""
+    convert_weights.main(Settings(str(src), str(dst), **options))
+    return dst
+
+
+def refusal(src: Path, dst: Path, **options) -> str:
+    """The one line that a conversion ends with; it leaves nothing behind."""
+    before = sorted(dst.parent.iterdir())
+    with pytest.raises(InputError) as caught:
+        convert(src, dst, **options)
+    assert sorted(dst.parent.iterdir()) == before
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def part_tensors(folder: Path, part: str) -> dict[str, Tensor]:
+    return load_file(folder / part / convert_weights.WEIGHT_FILES[part])
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    """The same files with the same text and the same tensors, their precision included."""
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file())
+    for name in files:
+        if name.suffix == ".safetensors":
+            tensors, others = load_file(folder / name), load_file(other / name)
+            assert tensors.keys() == others.keys()
+            assert all(tensors[key].dtype == others[key].dtype and tensors[key].equal(others[key]) for key in tensors)
+        else:
+            assert (folder / name).read_bytes() == (other / name).read_bytes()
+
+
+@pytest.fixture
+def ours(pair: Pair, tmp_path) -> Path:
+    """The model folder that we make of what diffusers saved."""
+    return convert(pair.folder, tmp_path / "ours")
+
+
+@pytest.fixture
+def sd1(pairs, tmp_path) -> Path:
+    return convert(pairs("sd1").folder, tmp_path / "sd1")
+
+
+@pytest.fixture
+def narrow(pairs, monkeypatch):
+    """Takes the small models for the real ones, so that files of other programs can be small."""
+    for name, kind in (("SD1", "sd1"), ("SD2", "sd2")):
+        config, real = pairs(kind).config, getattr(convert_weights, name)
+        monkeypatch.setattr(convert_weights, name, Description(config.text, config.unet, config.vae,
+                                                               real.schedule, real.info))
+
+
+def foreign(pairs, kind: str, path: Path, **extra: Tensor) -> dict[str, Tensor]:
+    """The tensors of a file that another program wrote: ours without what tells that it is ours. Also written to
+    `path` when that is a .safetensors."""
+    converted = convert(pairs(kind).folder, path.with_name(f"{kind}_ours.safetensors"))
+    tensors = {**load_file(converted), **extra}
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    return tensors
+
+
+# ---- to and fro
+
+@pytest.mark.parametrize("half", [False, True])
+def test_round_trip(ours, tmp_path, half):
+    folder = convert(ours, tmp_path / "half", half=True) if half else ours
+    file = convert(folder, tmp_path / "model.safetensors")
+    assert_same(folder, convert(file, tmp_path / "back"))
+
+
+@pytest.mark.skipif(not TINY.exists(), reason="weights/tiny is not there yet")
+def test_round_trip_of_the_embedded_model(tmp_path):
+    folder = convert(TINY, tmp_path / "folder")
+    assert_same(folder, convert(convert(folder, tmp_path / "tiny.safetensors"), tmp_path / "back"))
+
+
+def test_folder_keeps_what_it_says(ours, pair, tmp_path):
+    """tinydb.json, schedule and tokenizer survive; the picture is that of the folder we started from."""
+    edit_json(ours / "tinydb.json", **{"identifier": "zwx", "class": "dog", "base": {"name": "x", "license": "y"}})
+    back = tinydb.load(convert(convert(ours, tmp_path / "x.safetensors"), tmp_path / "back"))
+    assert back.info.identifier == "zwx" and back.info.class_noun == "dog" and back.info.base["license"] == "y"
+    assert back.schedule.config == pair.sd.schedule.config
+    assert back.tokenizer.encode("ohwx dog!").equal(pair.sd.tokenizer.encode("ohwx dog!"))
+    images = [sd.generate("a red dog", steps=2, seed=3)[0] for sd in (back, pair.sd)]
+    assert images[0].tobytes() == images[1].tobytes()
+
+
+def test_diffusers_opens_the_single_file(ours, pair, tmp_path):
+    """from_single_file, offline, gives the very tensors and picture of the folder."""
+    file = convert(ours, tmp_path / "model.safetensors")
+    single = StableDiffusionPipeline.from_single_file(str(file), config=str(ours), local_files_only=True)
+    folder = StableDiffusionPipeline.from_pretrained(ours)
+    images = []
+    for pipeline in (single, folder):
+        pipeline.set_progress_bar_config(disable=True)
+        images.append(pipeline("a red dog", num_inference_steps=2, generator=torch.Generator().manual_seed(0),
+                               output_type="np").images)
+    for part in PARTS:
+        states = [getattr(pipeline, part).state_dict() for pipeline in (single, folder)]
+        assert states[0].keys() == states[1].keys()
+        assert all(states[0][name].equal(states[1][name]) for name in states[0])
+    assert np.array_equal(*images)
+
+
+@pytest.mark.parametrize("kind, counts", [(SD1, (196, 686, 248)), (SD2, (280, 686, 248))], ids=["sd1.5", "sd2"])
+def test_names_of_the_real_models(kind, counts):
+    """LDM's names, all different, of all our tensors; those of user_needs.md E1 and E3 by hand."""
+    names = [single_file_names(part, getattr(kind, part)) for part in PARTS]
+    assert tuple(len(part) for part in names) == counts
+    assert [sum(len(ours) for ours in part.values()) for part in names] == [counts[0] if kind is SD1 else 372, 686, 248]
+    flat = {name: ours[0] for part in names for name, ours in part.items()}
+    expected = {
+        UNET + "time_embed.2.weight": "time_embedding.linear_2.weight",
+        UNET + "input_blocks.0.0.weight": "conv_in.weight",
+        UNET + "input_blocks.4.0.skip_connection.weight": "down_blocks.1.resnets.0.conv_shortcut.weight",
+        UNET + "input_blocks.8.1.proj_in.weight": "down_blocks.2.attentions.1.proj_in.weight",
+        UNET + "input_blocks.9.0.op.weight": "down_blocks.2.downsamplers.0.conv.weight",
+        UNET + "middle_block.2.emb_layers.1.bias": "mid_block.resnets.1.time_emb_proj.bias",
+        UNET + "output_blocks.2.1.conv.weight": "up_blocks.0.upsamplers.0.conv.weight",
+        UNET + "output_blocks.5.2.conv.weight": "up_blocks.1.upsamplers.0.conv.weight",
+        UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias":
+            "up_blocks.3.attentions.2.transformer_blocks.0.norm1.bias",
+        UNET + "out.0.weight": "conv_norm_out.weight",
+        VAE + "encoder.down.2.downsample.conv.bias": "encoder.down_blocks.2.downsamplers.0.conv.bias",
+        VAE + "encoder.mid.block_2.norm1.bias": "encoder.mid_block.resnets.1.norm1.bias",
+        VAE + "decoder.up.3.block.2.conv1.weight": "decoder.up_blocks.0.resnets.2.conv1.weight",
+        VAE + "decoder.up.1.upsample.conv.weight": "decoder.up_blocks.2.upsamplers.0.conv.weight",
+        VAE + "decoder.up.0.block.0.nin_shortcut.weight": "decoder.up_blocks.3.resnets.0.conv_shortcut.weight",
+        VAE + "decoder.mid.attn_1.proj_out.weight": "decoder.mid_block.attentions.0.to_out.0.weight",
+        VAE + "decoder.norm_out.bias": "decoder.conv_norm_out.bias",
+        VAE + "post_quant_conv.weight": "post_quant_conv.weight",
+    }
+    if kind is SD1:
+        expected[CLIP + "encoder.layers.11.mlp.fc2.bias"] = "text_model.encoder.layers.11.mlp.fc2.bias"
+    else:
+        resblock = "cond_stage_model.model.transformer.resblocks.22."
+        layer = "text_model.encoder.layers.22."
+        expected |= {resblock + "attn.in_proj_bias": layer + "self_attn.q_proj.bias",
+                     resblock + "mlp.c_fc.weight": layer + "mlp.fc1.weight", resblock + "ln_2.bias": layer + "layer_norm2.bias",
+                     "cond_stage_model.model.positional_embedding": "text_model.embeddings.position_embedding.weight",
+                     "cond_stage_model.model.ln_final.weight": "text_model.final_layer_norm.weight"}
+    assert {name: flat.get(name) for name in expected} == expected
+
+
+def test_single_file_for_other_programs(ours, tmp_path):
+    """Shapes and metadata as A1111 and ComfyUI want them."""
+    file = convert(ours, tmp_path / "model.safetensors")
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["format"] == "pt"
+    tensors = load_file(file)
+    assert tensors[VAE + "encoder.mid.attn_1.q.weight"].shape[2:] == (1, 1)
+    assert not any("position_ids" in name for name in tensors)
+
+
+def test_half(sd1, tmp_path):
+    folder, file = convert(sd1, tmp_path / "half", half=True), convert(sd1, tmp_path / "half.safetensors", half=True)
+    assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}
+    for part in PARTS:
+        full, half = part_tensors(sd1, part), part_tensors(folder, part)
+        assert all(half[name].equal(full[name].half()) for name in full)
+    assert json.loads((folder / "text_encoder" / "config.json").read_text())["dtype"] == "float32"
+    assert StableDiffusionPipeline.from_pretrained(folder).text_encoder.dtype == torch.float32
+
+
+# ---- what other programs wrote
+
+@pytest.mark.parametrize("position_ids", [torch.arange(77)[None], torch.arange(77.0)[None]])
+def test_foreign_sd1(pairs, narrow, sd1, tmp_path, capsys, position_ids):
+    """EMA, schedule buffers and position_ids are dropped, nothing else."""
+    extra = {name: torch.rand(1000) for name in BUFFERS}
+    extra |= {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(7, dtype=torch.int32),
+              "model_ema.diffusion_modeltime_embed0weight": torch.rand(3), CLIP + "embeddings.position_ids": position_ids}
+    foreign(pairs, "sd1", tmp_path / "other.safetensors", **extra)
+    folder = convert(tmp_path / "other.safetensors", tmp_path / "back", tokenizer=str(sd1 / "tokenizer"))
+    assert "16 more are no weights" in capsys.readouterr().out
+    info = json.loads((folder / "tinydb.json").read_text())
+    assert info["base"] == {"name": "Stable Diffusion 1.x", "license": "CreativeML Open RAIL-M"}
+    (folder / "tinydb.json").write_bytes((sd1 / "tinydb.json").read_bytes())
+    assert_same(sd1, folder)
+
+
+def test_foreign_without_text_model(pairs, narrow, sd1, tmp_path):
+    tensors = foreign(pairs, "sd1", tmp_path / "other.ckpt")
+    torch.save({name.replace("text_model.", ""): tensor for name, tensor in tensors.items()}, tmp_path / "other.ckpt")
+    folder = convert(tmp_path / "other.ckpt", tmp_path / "back", tokenizer=str(sd1 / "tokenizer"))
+    assert part_tensors(folder, "text_encoder").keys() == part_tensors(sd1, "text_encoder").keys()
+
+
+@pytest.mark.parametrize("spread, asked, expected", [
+    (0.2, None, "v_prediction"), (0.05, None, "epsilon"), (0.05, "v_prediction", "v_prediction"),
+    (0.2, "epsilon", "epsilon")])
+def test_foreign_sd2(pairs, narrow, tmp_path, capsys, spread, asked, expected):
+    """The last OpenCLIP layer is dropped, "!" pads, and the prediction type is guessed aloud or as asked."""
+    blocks = "cond_stage_model.model."
+    extra = {blocks + "transformer.resblocks.23.ln_1.weight": torch.rand(3), blocks + "logit_scale": torch.tensor(4.6),
+             blocks + "text_projection": torch.rand(2, 2)}
+    bias = torch.linspace(-1, 1, 32)
+    extra[UNET + "output_blocks.8.1.transformer_blocks.0.norm1.bias"] = spread * bias / bias.std(correction=0)
+    foreign(pairs, "sd2", tmp_path / "other.safetensors", **extra)
+    tokenizer = pairs("sd1").folder / "tokenizer"
+    sd = tinydb.load(convert(tmp_path / "other.safetensors", tmp_path / "back", tokenizer=str(tokenizer), prediction=asked))
+    assert sd.schedule.config.prediction_type == expected
+    assert sd.unet.config.sample_size == (96 if expected == "v_prediction" else 8)
+    assert sd.tokenizer.encode("dog")[0, -1] == 0
+    for ours, reference in ((sd.text_encoder, pairs("sd2").sd.text_encoder), (sd.vae, pairs("sd2").sd.vae)):
+        assert all(tensor.equal(reference.state_dict()[name]) for name, tensor in ours.state_dict().items())
+    said = capsys.readouterr().out
+    assert ("standard deviation" in said) == (asked is None) and expected in said
+
+
+def test_prediction_of_a_folder(sd1, tmp_path):
+    folder = convert(sd1, tmp_path / "v", prediction="v_prediction")
+    assert json.loads((folder / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == "v_prediction"
+
+
+def test_tokenizer_of_a_single_file(pairs, narrow, sd1, tmp_path, monkeypatch):
+    """From --tokenizer, else from the hub, else a line that says what to do."""
+    foreign(pairs, "sd1", tmp_path / "other.safetensors")
+    monkeypatch.setattr(convert_weights, "download", lambda repo, files: sd1 / "tokenizer")
+    hub = convert(tmp_path / "other.safetensors", tmp_path / "hub")
+    assert (hub / "tokenizer" / "vocab.json").read_bytes() == (sd1 / "tokenizer" / "vocab.json").read_bytes()
+
+    def unreachable(repo, files):
+        raise InputError(f"{repo}: no hub")
+
+    monkeypatch.setattr(convert_weights, "download", unreachable)
+    assert "no hub; pass --tokenizer" in refusal(tmp_path / "other.safetensors", tmp_path / "none")
+    assert "pass --tokenizer" in refusal(tmp_path / "other.safetensors", tmp_path / "none", tokenizer=str(tmp_path))
+
+
+def lightning_checkpoint(path: Path, tensors: dict[str, Tensor], monkeypatch, old_numpy: bool) -> None:
+    """What PyTorch-Lightning wrote around the weights of SD 1.x: callbacks keyed by class, NumPy scalars."""
+    name = "pytorch_lightning.callbacks.model_checkpoint"
+    with monkeypatch.context() as patch:
+        for package in (name.split(".")[0], name.rsplit(".", 1)[0], name):
+            module = types.ModuleType(package)
+            patch.setitem(sys.modules, package, module)
+        module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name})
+        torch.save({"epoch": 3, "global_step": np.int64(470000), "state_dict": {"state_dict": tensors},
+                    "callbacks": {module.ModelCheckpoint: {"best": np.float32(0.1), "seen": np.arange(3)}}}, path)
+    if old_numpy:  # the module's name before NumPy 2
+        with zipfile.ZipFile(path) as archive:
+            records = {record.filename: archive.read(record) for record in archive.infolist()}
+        with zipfile.ZipFile(path, "w") as archive:
+            for record, content in records.items():
+                archive.writestr(record, content.replace(b"cnumpy._core.", b"cnumpy.core."))
+
+
+@pytest.mark.parametrize("old_numpy", [False, True])
+def test_lightning_checkpoint(pairs, narrow, sd1, tmp_path, monkeypatch, old_numpy):
+    tensors = foreign(pairs, "sd1", tmp_path / "model.ckpt")
+    lightning_checkpoint(tmp_path / "model.ckpt", tensors, monkeypatch, old_numpy)
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(tmp_path / "model.ckpt")
+    assert any("ModelCheckpoint" in name for name in names)
+    assert any(name.startswith("numpy.core" if old_numpy else "numpy._core") for name in names)
+    folder = convert(tmp_path / "model.ckpt", tmp_path / "back", tokenizer=str(sd1 / "tokenizer"))
+    for part in PARTS:
+        expected = part_tensors(sd1, part)
+        assert all(tensor.equal(expected[name]) for name, tensor in part_tensors(folder, part).items())
+
+
+def test_checkpoint_in_the_old_file_format(pairs, narrow, sd1, tmp_path):
+    tensors = foreign(pairs, "sd1", tmp_path / "model.ckpt")
+    torch.save(tensors, tmp_path / "model.ckpt", _use_new_zipfile_serialization=False)
+    tinydb.load(convert(tmp_path / "model.ckpt", tmp_path / "back", tokenizer=str(sd1 / "tokenizer")))
+
+
+class Hostile:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return open, (str(self.trace), "w")
+
+
+@pytest.mark.parametrize("form", ["zip", "old", "bare"])
+def test_hostile_checkpoint_is_never_run(sd1, tmp_path, form):
+    file, content = tmp_path / "evil.ckpt", {"state_dict": {"a": torch.ones(2)}, "evil": Hostile(tmp_path / "trace")}
+    if form == "bare":
+        file.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=form == "zip")
+    line = refusal(file, tmp_path / "out")
+    assert "refused" in line and "open" in line or form == "bare"
+    folder = convert(sd1, tmp_path / "model")
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    (folder / "vae" / "diffusion_pytorch_model.bin").write_bytes(file.read_bytes())
+    refusal(folder, tmp_path / "out")
+    assert not (tmp_path / "trace").exists()
+    pickle.loads(pickle.dumps(Hostile(tmp_path / "trace")))
+    assert (tmp_path / "trace").exists()  # it would have worked
+
+
+def test_stand_ins_do_nothing():
+    """Names that are let through are not looked up: a class of ours stands in."""
+    stand_in = Inert(1, key=2)
+    stand_in.__setstate__({"anything": 1})
+    assert vars(stand_in) == {}
+
+
+# ---- diffusers folders of other days
+
+def to_bin(folder: Path) -> None:
+    for part, name in (("text_encoder", "pytorch_model.bin"), ("unet", "diffusion_pytorch_model.bin"),
+                       ("vae", "diffusion_pytorch_model.bin")):
+        torch.save(part_tensors(folder, part), folder / part / name)
+        (folder / part / convert_weights.WEIGHT_FILES[part]).unlink()
+
+
+def to_variant(folder: Path) -> None:
+    for part, name in convert_weights.WEIGHT_FILES.items():
+        (folder / part / name).rename(folder / part / name.replace(".safetensors", ".fp16.safetensors"))
+
+
+def to_shards(folder: Path) -> None:
+    tensors = part_tensors(folder, "unet")
+    shards = {f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": sorted(tensors)[i::2] for i in range(2)}
+    for shard, names in shards.items():
+        save_file({name: tensors[name] for name in names}, folder / "unet" / shard)
+    index = {"weight_map": {name: shard for shard, names in shards.items() for name in names}}
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+
+
+def to_old_names(folder: Path) -> None:
+    def old_vae(tensors):
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            tensors = {name.replace(f".{new}.", f".{old}."): tensor for name, tensor in tensors.items()}
+        return tensors
+
+    def bare_text(tensors):
+        bare = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+        return {**bare, "embeddings.position_ids": torch.arange(77)[None]}
+
+    edit_tensors(folder / "vae" / "diffusion_pytorch_model.safetensors", old_vae)
+    edit_tensors(folder / "text_encoder" / "model.safetensors", bare_text)
+
+
+def to_both_precisions(folder: Path) -> None:
+    """The half precision ones are damaged: they must not be read."""
+    for part, name in convert_weights.WEIGHT_FILES.items():
+        (folder / part / name.replace(".safetensors", ".fp16.safetensors")).write_bytes(b"")
+
+
+@pytest.mark.parametrize("age", [to_bin, to_variant, to_shards, to_old_names, to_both_precisions])
+def test_folders_of_any_age(sd1, folder, tmp_path, age):
+    """`folder` has tokenizer.json only where transformers 5 wrote it; the rest is made older."""
+    folder = convert(folder, tmp_path / "aged")
+    age(folder)
+    assert_same(sd1, convert(folder, tmp_path / "back"))
+
+
+def test_tokenizer_json_alone(pair, ours):
+    assert not (pair.folder / "tokenizer" / "vocab.json").exists()
+    assert (ours / "tokenizer" / "vocab.json").exists() and (ours / "tokenizer" / "merges.txt").exists()
+
+
+# ---- what is refused
+
+@pytest.mark.parametrize("names, reason", [
+    (["conditioner.embedders.0.transformer.x", "conditioner.embedders.1.model.x", UNET + "label_emb.0.0.weight"], "an SDXL model"),
+    (["conditioner.embedders.0.model.x", UNET + "label_emb.0.0.weight"], "an SDXL refiner"),
+    (["model.diffusion_model.joint_blocks.0.x"], "Stable Diffusion 3 or Flux"),
+    (["double_blocks.0.img_attn.qkv.weight"], "Stable Diffusion 3 or Flux"),
+    (["lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight"], "a LoRA"),
+    (["unet.down_blocks.0.attentions.0.attn1.to_q.lora.down.weight"], "a LoRA"),
+    (["unet.mid_block.attn1.processor.to_q_lora.down.weight"], "a LoRA"),
+    (["control_model.input_blocks.0.0.weight"], "a ControlNet"),
+    (["controlnet_cond_embedding.conv_in.weight"], "a ControlNet"),
+    (["down_blocks.0.resnets.0.conv1.weight"], "pass the whole folder"),
+    (["encoder.conv_in.weight"], "pass the whole folder"),
+])
+def test_other_architectures_are_refused_by_name(tmp_path, names, reason):
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "other.safetensors")
+    line = refusal(tmp_path / "other.safetensors", tmp_path / "out")
+    assert reason in line and names[0].split(".")[0] in line
+
+
+@pytest.mark.parametrize("channels, width, reason", [(9, 768, "inpainting"), (8, 768, "instruction"), (5, 1024, "depth"),
+                                                     (4, 2048, "attends to 2048")])
+def test_other_shapes_are_refused(tmp_path, channels, width, reason):
+    save_file({UNET + "input_blocks.0.0.weight": torch.zeros(2, channels, 3, 3),
+               UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(2, width)},
+              tmp_path / "other.safetensors")
+    assert reason in refusal(tmp_path / "other.safetensors", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionXLPipeline", "StableDiffusionInpaintPipeline", "ControlNetModel"])
+def test_other_folders_are_refused(folder, tmp_path, kind):
+    edit_json(folder / "model_index.json", _class_name=kind)
+    if kind == "ControlNetModel":
+        (folder / "model_index.json").rename(folder / "config.json")
+    assert f"a {kind}" in refusal(folder, tmp_path / "out")
+
+
+def test_folder_that_is_no_model(tmp_path):
+    (tmp_path / "lora").mkdir()
+    save_file({"x": torch.zeros(1)}, tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    assert "without model_index.json" in refusal(tmp_path / "lora", tmp_path / "out")
+
+
+def test_every_tensor_is_accounted_for(pairs, narrow, sd1, tmp_path):
+    tensors = foreign(pairs, "sd1", tmp_path / "other.safetensors", **{UNET + "surprise.weight": torch.ones(1)})
+    assert f"unknown {UNET}surprise.weight" in refusal(tmp_path / "other.safetensors", tmp_path / "out")
+    del tensors[UNET + "surprise.weight"], tensors[VAE + "quant_conv.bias"]
+    save_file(tensors, tmp_path / "other.safetensors")
+    assert f"missing {VAE}quant_conv.bias" in refusal(tmp_path / "other.safetensors", tmp_path / "out")
+    tensors[VAE + "quant_conv.bias"] = torch.ones(3)
+    save_file(tensors, tmp_path / "other.safetensors")
+    line = refusal(tmp_path / "other.safetensors", tmp_path / "out", tokenizer=str(sd1 / "tokenizer"))
+    assert "quant_conv.bias is (3,)" in line
+
+
+def test_damaged_files(sd1, tmp_path):
+    whole = convert(sd1, tmp_path / "whole.safetensors")
+    torch.save(load_file(whole), tmp_path / "whole.ckpt")
+    for suffix in (".safetensors", ".ckpt"):
+        broken = tmp_path / f"broken{suffix}"
+        content = (tmp_path / f"whole{suffix}").read_bytes()
+        for damage in (content[: len(content) // 2], b"", b"<html>not found</html>" * 9):
+            broken.write_bytes(damage)
+            assert "not a whole" in refusal(broken, tmp_path / "out")
+        broken.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 4\n")
+        assert "git lfs pull" in refusal(broken, tmp_path / "out")
+
+
+def test_weights_missing_from_a_folder(folder, tmp_path):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "no weights" in refusal(folder, tmp_path / "out")
+
+
+def test_metadata_cannot_write_elsewhere(sd1, tmp_path):
+    tensors = load_file(convert(sd1, tmp_path / "whole.safetensors"))
+    packed = json.dumps({f"../../../../../..{tmp_path}/trace": "x"})
+    save_file(tensors, tmp_path / "evil.safetensors", {"format": "pt", "tinydb": packed})
+    assert "a path out of the model" in refusal(tmp_path / "evil.safetensors", tmp_path / "out")
+
+
+def test_destination(sd1, tmp_path):
+    """What is there is never overwritten; no pickles."""
+    (tmp_path / "there").mkdir()
+    assert "exists already" in refusal(sd1, tmp_path / "there")
+    assert "no pickles" in refusal(sd1, tmp_path / "model.ckpt")
+
+
+def test_disk_space_is_checked_first(sd1, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_weights.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    assert "make room" in refusal(sd1, tmp_path / "out.safetensors")
+
+
+@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+def test_failure_leaves_nothing(sd1, tmp_path, monkeypatch, name):
+    def full(*args, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(convert_weights, "save_file", full)
+    monkeypatch.setattr("tinydb.weights.save_file", full)
+    assert "No space left" in refusal(sd1, tmp_path / name)
+
+
+def test_unknown_source(tmp_path):
+    assert "no such file or folder" in refusal(tmp_path / "nowhere", tmp_path / "out")
+
+
+# ---- the command itself
+
+def run(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(ROOT / "convert_weights.py"), *map(str, arguments)],
+                          capture_output=True, text=True, cwd=ROOT.anchor)
+
+
+def test_command(sd1, tmp_path):
+    done = run(sd1, tmp_path / "half.safetensors", "--half")
+    assert done.returncode == 0 and "half.safetensors: written" in done.stdout and "writing" in done.stderr
+    failed = run(tmp_path / "half.safetensors", sd1)
+    assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "exists already" in failed.stderr
+    assert failed.stdout == ""

@@ -20,7 +20,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -30,11 +29,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -43,17 +42,18 @@ from tqdm import tqdm
 import tinydb
 from tinydb.clip import EncoderLayer
 from tinydb.config import InputError, Parser, Recipe, option, read_json, require, write_json
-from tinydb.data import Latents, draw_step, fit, read_pictures
+from tinydb.data import Draw, Latents, draw_step, fit, open_picture, read_pictures
 from tinydb.layers import ResnetBlock2D
 from tinydb.pictures import describe, grid, save_png
 from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, choose_device
 from tinydb.tokenizer import PLACEHOLDER
 from tinydb.unet import Transformer2DModel
-from tinydb.weights import WEIGHT_FILES, load_tensors, read_tensors, save_tensors, written_whole
+from tinydb.weights import WEIGHT_FILES, canonical_names, read_tensors, remove, save_tensors, written_whole
 
 TINY = Path(__file__).parent / "weights" / "tiny"
 CLASS_GROUP = 8  # class images made together; fixed, since it decides their last bit
-VALIDATION_PICTURES = 8  # of each kind
+VALIDATION_EXAMPLES = 8  # of each set
+VALIDATION_STEP = 2**31  # a step that no run reaches, for draws of its own
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -126,6 +126,8 @@ def read_config_file(path: Path) -> list[str]:
     flags |= {flag.removeprefix("--").replace("-", "_"): flag for flag in flags.values()}  # "class" for "class_noun"
     arguments = []
     for key, value in entries.items():
+        if key == "run":  # what OUT/config.json notes besides the options
+            continue
         if key not in flags:
             nearest = difflib.get_close_matches(key, flags, n=1, cutoff=0)[0]
             raise InputError(f"--config {path}: no option {key!r}; the nearest is {nearest!r}")
@@ -244,10 +246,10 @@ class StopSignal:
 def save_checkpoint(sd: StableDiffusion, model: DreamBoothLoss, optimizer: torch.optim.Optimizer,
                     scaler: torch.amp.GradScaler, weights: Path, folder: Path, state: dict[str, object]) -> None:
     """A model folder to sample from, plus the optimizer's moments and `state` to go on from; whole or not at all."""
-    moments = {f"{kind}.{name}": optimizer.state[parameter][kind] for name, parameter in model.named_parameters()
-               if parameter.requires_grad for kind in ("exp_avg", "exp_avg_sq")}
+    moments = {f"{kind}.{name}": tensor for name, parameter in model.named_parameters()
+               for kind, tensor in optimizer.state[parameter].items()}
     with written_whole(folder) as path:
-        sd.save(path, frozen_vae=weights / "vae", link=True)
+        sd.save(path, vae_from=weights)
         save_tensors(moments, path / "state.safetensors")
         write_json(path / "state.json", {**state, "scaler": scaler.state_dict()})
 
@@ -255,18 +257,322 @@ def save_checkpoint(sd: StableDiffusion, model: DreamBoothLoss, optimizer: torch
 def resume_checkpoint(model: DreamBoothLoss, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
                       folder: Path) -> dict[str, object]:
     """Put weights, moments and loss scale back, and return the checkpoint's `state`."""
-    state = read_json(folder / "state.json")
-    moments = read_tensors(folder / "state.safetensors")
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
         for part in ("unet", "text_encoder"):
-            for name, tensor in load_tensors(folder, part).items():
-                model.get_parameter(f"{part}.{name}").copy_(tensor)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            # copied into tensors laid out like the parameter: files are row-major, and fused AdamW would pair
-            # the moments of a channels_last weight with the wrong elements
-            optimizer.state[parameter] = {"step": torch.tensor(float(state["step"]), device=parameter.device)} | {
-                kind: torch.empty_like(parameter, requires_grad=False).copy_(moments[f"{kind}.{name}"])
-                for kind in ("exp_avg", "exp_avg_sq")}
-    scaler.load_state_dict(state["scaler"])
+            for name, tensor in read_tensors(folder / part / WEIGHT_FILES[part]).items():
+                parameters[f"{part}.{name}"].copy_(tensor)
+    for key, tensor in read_tensors(folder / "state.safetensors").items():
+        kind, name = key.split(".", 1)
+        # copied into tensors laid out like the parameter: files are row-major, and fused AdamW would pair the moments
+        # of a channels_last weight with the wrong elements
+        like = tensor if kind == "step" else parameters[name].detach()
+        optimizer.state[parameters[name]][kind] = torch.empty_like(like, device=parameters[name].device).copy_(tensor)
+    state = read_json(folder / "state.json")
+    scaler.load_state_dict(state.pop("scaler"))
     return state
+
+
+def saved_checkpoints(out: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    return sorted((out / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def drop_checkpoints(out: Path, keep: int, best_step: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one."""
+    for path in saved_checkpoints(out)[:-keep]:
+        if path.name != f"step-{best_step:06d}":
+            remove(path)
+
+
+def claim(out: Path, settings: Settings, run: dict[str, object]) -> None:
+    """Make OUT this run's and note everything that decides its result in OUT/config.json.
+
+    Refuses a folder that holds anything else, and a --resume that would continue a different run.
+    """
+    config = out / "config.json"
+    if settings.resume:
+        require(config.exists(), f"--resume: no run in {out}; leave --resume out to start one")
+        before, now = read_json(config), {**asdict(settings), "run": run}
+        for name in (*settings.fixed(), "run"):
+            require(before.get(name) == now[name],
+                    f"--resume: {name} was {before.get(name)!r} and is now {now[name]!r}; only --steps may change")
+    else:
+        require(not out.exists() or (out.is_dir() and not any(out.iterdir())),
+                f"{out} is not empty; continue its run with --resume, or give this one its own folder with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with written_whole(config) as temporary:
+        write_json(temporary, {**asdict(settings), "run": run})
+
+
+# ------------------------------------------------------------------------------ what a person wants to see
+
+
+def memory_plan(sd: StableDiffusion, settings: Settings, dtype: torch.dtype) -> str:
+    """The large things that training will hold, in GB, found by a pass on the meta device, which computes nothing."""
+    with torch.device("meta"):
+        unet = type(sd.unet)(sd.unet.config).to(dtype)
+        side, channels = sd.unet.config.sample_size, sd.unet.config.in_channels
+        count = settings.batch * (2 if settings.prior_weight > 0 else 1)
+        latents = torch.empty(count, channels, side, side, dtype=dtype)
+        text_embeds = torch.empty(count, sd.tokenizer.max_length, sd.unet.config.cross_attention_dim, dtype=dtype)
+        own = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
+        kept: dict[int, Tensor] = {}  # what autograd keeps for the backward pass, each storage once
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage()._cdata] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            prediction = unet(latents, torch.empty(count), text_embeds)
+        activations = sum(t.untyped_storage().nbytes() for cdata, t in kept.items() if cdata not in own)
+        del prediction
+    unet_bytes, text_bytes = (4 * sum(p.numel() for p in model.parameters()) for model in (sd.unet, sd.text_encoder))
+    weights, trained = unet_bytes + text_bytes, unet_bytes + (0 if settings.freeze_text else text_bytes)
+    plan = {"weights": weights, "gradients": trained, "optimizer": 2 * trained, "activations": activations}
+    text = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.items())
+    recomputed = " (most of them recomputed)" if settings.checkpointing else ""
+    return f"memory, GB: {text}{recomputed}; in all {sum(plan.values()) / 1e9:.2f}"
+
+
+def relative_change(model: nn.Module, weights: Path, part: str) -> float:
+    """How far training has moved a part from where it began: |w - w_0| / |w_0|."""
+    before = canonical_names(part, read_tensors(weights / part / WEIGHT_FILES[part]))
+    moved = total = 0.0
+    for name, parameter in model.named_parameters():
+        start = before[name].float()
+        moved += (parameter.detach().cpu() - start).square().sum().item()
+        total += start.square().sum().item()
+    return math.sqrt(moved / total)
+
+
+def open_tracker(name: str | None, out: Path, settings: Settings):
+    """A function (values, step) that logs to tensorboard or wandb; one that does nothing where neither is asked for."""
+    if name == "tensorboard":
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise InputError("--log tensorboard: not installed; run `pip install tensorboard`") from None
+        writer = SummaryWriter(out / "tensorboard")
+        return lambda values, step: [writer.add_scalar(key, value, step) for key, value in values.items()]
+    if name == "wandb":
+        try:
+            import wandb
+        except ImportError:
+            raise InputError("--log wandb: not installed; run `pip install wandb`") from None
+        run = wandb.init(project="tinydb", dir=out, name=out.name, config=asdict(settings))
+        return lambda values, step: run.log(values, step=step)
+    return lambda values, step: None
+
+
+def validate(model: DreamBoothLoss, loss_of, sets: list[Latents], num_timesteps: int, settings: Settings) -> dict:
+    """The loss on noise and timesteps that are the same at every step: unlike the training loss, this curve falls."""
+    draw = draw_step(sets, VALIDATION_EXAMPLES, num_timesteps, settings.seed, VALIDATION_STEP)
+    with torch.no_grad():
+        instance, *prior = loss_of(model, draw, slice(None)).tolist()
+    return {"validation_loss": instance + sum(settings.prior_weight * loss for loss in prior)}
+
+
+def draw_preview(sd: StableDiffusion, prompts: list[str], path: Path, autocast) -> None:
+    """A grid of pictures from the same noise each time. Whatever goes wrong here must not end the training."""
+    try:
+        with autocast():
+            images = sd.generate(prompts)
+        save_png(grid(images, len(images)), path, " | ".join(prompts))
+    except (torch.OutOfMemoryError, OSError) as error:
+        tqdm.write(f"no preview this time: {str(error).splitlines()[0]}", file=sys.stderr)
+
+
+def open_metrics(path: Path, step: int) -> TextIO:
+    """metrics.jsonl to append to, cut back to what a checkpoint at `step` knows of."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    with written_whole(path) as temporary:
+        temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+    return path.open("a")
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def main(settings: Settings) -> None:
+    # One process, or one per GPU: torchrun tells each of them which of how many it is.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device, dtype = choose_device(settings.device, settings.precision)
+    if device.type == "cuda" and world > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if world > 1:  # patient enough for ranks that wait while one draws class images or writes a checkpoint
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    stop = StopSignal()
+
+    # The model, in fp32 whatever the precision: a step of 1e-6 would be lost in the 8 bits of a bf16 weight.
+    require(bool(settings.images), "--images is missing; expected a folder with 3 to 6 pictures of your subject")
+    require(bool(settings.class_noun.strip()), "--class is missing; expected what your subject is, such as dog")
+    weights = Path(settings.weights)
+    sd = tinydb.load(weights, device)
+    settings = settings.resolve(sd.info.recipe)
+    out = Path(settings.out)
+
+    # The pictures. inputs.png shows what the model sees: is the subject in the middle, and whole?
+    pictures, skipped = read_pictures(Path(settings.images))
+    reasons = f" (skipped {'; '.join(skipped)})" if skipped else ""
+    require(bool(pictures), f"--images {settings.images}: no picture in it{reasons}; expected JPEG or PNG files")
+    instance_images = [fit(image, sd.resolution) for image in pictures.values()]
+    if rank == 0:
+        digest = hashlib.sha256(b"".join(image.tobytes() for image in instance_images)).hexdigest()[:12]
+        claim(out, settings, {"world": world, "pictures": digest})
+        for line in skipped:
+            print(f"skipped {line}", file=sys.stderr)
+        for name, image in pictures.items():
+            if min(image.size) * 1.5 < sd.resolution:
+                print(f"{name} is only {image.width}x{image.height}: enlarged, it will look soft", file=sys.stderr)
+        grid(instance_images, min(len(instance_images), 5)).save(out / "inputs.png")
+        print(memory_plan(sd, settings, dtype), file=sys.stderr)
+    if world > 1:
+        dist.barrier()
+
+    # The class pictures: what the model now draws for the class, to hold it to that.
+    instance_prompt = f"a photo of {settings.identifier} {settings.class_noun}"
+    class_prompt = a_photo_of(settings.class_noun)
+    prompts, images = [instance_prompt], [instance_images]
+    if settings.prior_weight > 0:
+        parent = Path(settings.class_dir or out / "class_images")
+        own = list(read_pictures(parent)[0].values())[: settings.class_images] if settings.class_dir else []
+        folder = parent / class_images_key(sd, class_prompt, settings.seed, weights)
+        paths = [folder / f"{i:05d}.png" for i in range(settings.class_images - len(own))]
+        with autocast():
+            make_class_images(sd, class_prompt, paths, settings.seed, rank, world, stop)
+        prompts.append(class_prompt)
+        images.append([fit(image, sd.resolution) for image in own + [open_picture(path) for path in paths]])
+    with autocast():
+        sets = [Latents.of(pictures, sd.vae, device) for pictures in images]
+    sd.vae.to("cpu")  # every picture is encoded now; previews bring it back for a moment
+
+    # The loss as one module, and its optimizer.
+    model = DreamBoothLoss(sd, prompts, settings.freeze_text).to(memory_format=torch.channels_last)
+    if settings.checkpointing:
+        for block in model.modules():
+            if isinstance(block, (ResnetBlock2D, Transformer2DModel, EncoderLayer)):
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if settings.compile:
+        sd.unet.compile()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, settings.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    set_weights = torch.tensor([1.0, settings.prior_weight][: len(sets)], device=device)
+
+    # Where we are: at step 0, or at the newest checkpoint.
+    state: dict[str, object] = {"step": 0, "best_step": None, "best_loss": None}
+    if settings.resume and saved_checkpoints(out):
+        state = resume_checkpoint(model, optimizer, scaler, saved_checkpoints(out)[-1])
+        require(state["step"] <= settings.steps, f"--steps {settings.steps}: the run in {out} is at {state['step']} already")
+    parallel = DistributedDataParallel(model) if world > 1 else model
+
+    def loss_of(module: nn.Module, draw: Draw, examples: slice) -> Tensor:
+        """The loss of each set, from some examples of a draw."""
+        with autocast():
+            return module(*(t[:, examples].flatten(0, 1).to(device) for t in (draw.latents, draw.noise, draw.timesteps)))
+
+    if rank == 0:
+        metrics = open_metrics(out / "metrics.jsonl", state["step"])
+        track = open_tracker(settings.log, out, settings)
+    batch, num_timesteps = settings.batch, sd.schedule.config.num_train_timesteps
+    examples_per_step = batch * settings.accumulate * world
+    previews = [instance_prompt, f"{PLACEHOLDER} {settings.class_noun} on the moon",
+                f"{PLACEHOLDER} {settings.class_noun} in the snow", class_prompt]
+    sd.info = replace(sd.info, identifier=settings.identifier, class_noun=settings.class_noun)
+
+    progress = tqdm(range(state["step"], settings.steps), f"teaching {instance_prompt!r}", unit="step",
+                    initial=state["step"], total=settings.steps, disable=rank > 0)
+    for step in progress:
+        # One draw for all processes and micro-steps, which take their slices: any split of it is the same step.
+        draw = draw_step(sets, examples_per_step, num_timesteps, settings.seed, step)
+        report = torch.zeros(len(sets) + 1, device=device)  # the losses, and whether to stop
+        for micro_step in range(settings.accumulate):
+            first = (rank * settings.accumulate + micro_step) * batch
+            last = micro_step == settings.accumulate - 1
+            with nullcontext() if last or world == 1 else parallel.no_sync():  # gradients meet once a step
+                losses = loss_of(parallel, draw, slice(first, first + batch)) / settings.accumulate
+                scaler.scale((losses * set_weights).sum()).backward()
+            report[:-1] += losses.detach() / world
+        report[-1] = stop.asked
+        if world > 1:
+            dist.all_reduce(report)
+        *losses, asked_to_stop = report.tolist()
+        if not all(map(math.isfinite, losses)):
+            raise InputError(f"step {step + 1}: the loss is {losses}; nothing was saved after it. Try a lower --lr than "
+                             f"{settings.lr}, or --precision fp32; --resume goes on from the last checkpoint")
+
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        done = step + 1
+        state["step"] = done
+        save = asked_to_stop or done == settings.steps or (settings.save_every and done % settings.save_every == 0)
+        if rank == 0:
+            values = dict(zip(("instance_loss", "prior_loss"), losses))
+            shown = {name: f"{value:.4f}" for name, value in values.items()}
+            if device.type == "cuda":
+                shown["GB"] = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
+            progress.set_postfix(shown, refresh=False)
+            values["lr"] = settings.lr
+            if save:
+                sd.info = replace(sd.info, step=done)
+                values |= validate(model, loss_of, sets, num_timesteps, settings)
+                values |= {f"{part}_change": relative_change(getattr(model, part), weights, part)
+                           for part in ("unet", "text_encoder")}
+                if state["best_loss"] is None or values["validation_loss"] <= state["best_loss"]:
+                    state |= {"best_step": done, "best_loss": values["validation_loss"]}
+                if settings.save_every:
+                    save_checkpoint(sd, model, optimizer, scaler, weights, out / "checkpoints" / f"step-{done:06d}", state)
+                    drop_checkpoints(out, settings.keep, state["best_step"])
+            if settings.sample_every and done % settings.sample_every == 0:
+                draw_preview(sd, previews, out / "samples" / f"step-{done:06d}.png", autocast)
+            metrics.write(json.dumps({"step": done, **values}) + "\n")
+            metrics.flush()
+            track(values, done)
+        if asked_to_stop:
+            break
+    if world > 1:
+        dist.barrier()  # nobody leaves, and has torchrun end the others, while rank 0 writes
+
+    if state["step"] < settings.steps:
+        stop.exit_if_asked()
+    if rank == 0:
+        sd.info = replace(sd.info, step=state["step"])
+        sd.save(out / "model", vae_from=weights)
+        command = f'python sample.py "{PLACEHOLDER} {settings.class_noun} on the moon" -n 4 --weights'
+        print(f"\n{out / 'model'} knows your {settings.class_noun} as {PLACEHOLDER}. Try:\n\n    {command} {out / 'model'}\n")
+        best = out / "checkpoints" / f"step-{state['best_step'] or 0:06d}"
+        if best.exists() and state["best_step"] != state["step"]:
+            print(f"The validation loss was lowest at step {state['best_step']}:\n\n    {command} {best}\n")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    parser = Parser(Settings, __doc__.splitlines()[0])
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        arguments = parser.parse_args()
+        if arguments.config:
+            arguments = parser.parse_args(read_config_file(Path(arguments.config)) + sys.argv[1:])
+        main(Settings(**vars(arguments)))
+    except InputError as error:
+        if rank > 0:
+            time.sleep(3)  # the first to leave has torchrun end the others, and rank 0 has a line to print
+            sys.exit(2)
+        parser.error(str(error))
+    except torch.OutOfMemoryError as error:
+        parser.exit(1, f"{parser.prog}: out of memory ({str(error).splitlines()[0]}). Try, in this order: --checkpointing "
+                       "(activations are recomputed), --batch 1 with more --accumulate, --freeze-text (for SD 1.x 2 GB "
+                       "less), --precision bf16\n")
+    except RuntimeError as error:
+        if "closed by peer" not in str(error) and "reset by peer" not in str(error):
+            raise
+        parser.exit(1, f"{parser.prog}: another process of this run died, see its own message; once that is mended, "
+                       "--resume goes on from the last checkpoint\n")

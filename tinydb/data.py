@@ -30,9 +30,9 @@ def open_picture(path: Path) -> Image.Image:
 def read_pictures(folder: Path) -> tuple[dict[str, Image.Image], list[str]]:
     """The pictures in a folder, by file name and in its order, and one line on each file that is none.
 
-    Hidden files and folders inside are passed over. Raises InputError where no picture is left.
+    Hidden files and folders inside are passed over.
     """
-    require(folder.is_dir(), f"{folder}: no such folder; expected a folder with 3 to 6 pictures of your subject")
+    require(folder.is_dir(), f"{folder}: no such folder; expected one with pictures in it")
     pictures, skipped = {}, []
     for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
         try:
@@ -42,8 +42,6 @@ def read_pictures(folder: Path) -> tuple[dict[str, Image.Image], list[str]]:
             skipped.append(f"{path.name}: {hint}")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             skipped.append(f"{path.name}: damaged ({error})")
-    reasons = f" (skipped {'; '.join(skipped)})" if skipped else ""
-    require(bool(pictures), f"{folder}: no picture in it{reasons}; expected JPEG or PNG files")
     return pictures, skipped
 
 

@@ -15,6 +15,7 @@ import re
 import shutil
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, replace
@@ -31,11 +32,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tinydb.config import (InputError, ModelInfo, Parser, PartConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig,
-                           option, read_json, require, write_json)
+                           option, read_json, require)
 from tinydb.diffusion import NoiseSchedule
 from tinydb.pipeline import MODEL_INDEX, PARTS, StableDiffusion
 from tinydb.tokenizer import EOS, CLIPTokenizer
-from tinydb.weights import (WEIGHT_FILES, canonical_name, fit_model, read_tensors, refuse_pointer, save_tensors,
+from tinydb.weights import (WEIGHT_FILES, canonical_name, fit_model, read_tensors, refuse_pointer, save_model,
                             written_whole)
 
 PREFIXES = {"text_encoder": "cond_stage_model.", "unet": "model.diffusion_model.", "vae": "first_stage_model."}
@@ -103,7 +104,7 @@ REFUSED = {  # tensors that give away what is not ours to convert
     r"(.+\.)?label_emb\..+": "an SDXL or unCLIP model",
     r"(.+\.)?(joint_blocks|double_blocks)\..+": "a Stable Diffusion 3 or Flux model",
 }
-HARMLESS = r"(pytorch_lightning|lightning|lightning_fabric|numpy)\..+"  # in old checkpoints, beside the weights
+HARMLESS = r"(pytorch_lightning|lightning|lightning_fabric|numpy)\..+|_codecs\.encode"  # old checkpoints carry them along
 CLIP_REPO = "openai/clip-vit-large-patch14"  # its vocabulary is that of Stable Diffusion 1.x and 2.x
 V_PREDICTION_STD = 0.09  # ComfyUI's observation on the SD 2.x models that there are (comfy/supported_models.py, SD20)
 
@@ -147,7 +148,7 @@ def single_file_names(part: str, config: PartConfig) -> dict[str, list[str]]:
     """LDM's name of every tensor of a part -> ours; q, k and v where one of LDM's is three of ours."""
     with torch.device("meta"):
         ours = PARTS[part][0](config).state_dict()
-    rows = [(re.compile(re.sub(r"\\\{(\w+)\\\}", r"{\1}", re.escape(row)).format(**PLACES) + r"(?P<rest>(\..+)?)"), template)
+    rows = [(re.compile(row.replace(".", r"\.").format(**PLACES) + r"(?P<rest>(\..+)?)"), template)
             for row, template in TABLE[config.hidden_act if part == "text_encoder" else part].items()]
     names = {}
     for our_name in ours:
@@ -189,9 +190,9 @@ class Inert:
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a .ckpt or .bin file. Nothing in it is ever run: PyTorch's restricted unpickler reads it, with
     inert stand-ins for names that old checkpoints carry along; any other name is an InputError."""
-    refuse_pointer(path)
-    zipped = zipfile.is_zipfile(path)
     try:
+        refuse_pointer(path)
+        zipped = zipfile.is_zipfile(path)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
         foreign = sorted(name for name in names if not re.fullmatch(HARMLESS, name))
         require(not foreign, f"{path}: refused, it asks to run {', '.join(foreign)}; get a .safetensors of this model")
@@ -208,7 +209,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     while isinstance(content, dict) and "state_dict" in content:
         content = content["state_dict"]
     require(isinstance(content, dict), f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
-    return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    return {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
 
 
 def first_line(error: Exception) -> str:
@@ -251,7 +252,7 @@ def read_folder(folder: Path) -> tuple[Description, dict[str, dict[str, Tensor]]
     for part in PARTS:
         name = weight_file(part, {path.name for path in (folder / part).iterdir()})
         require(name is not None, f"{folder / part}: no weights; expected {WEIGHT_FILES[part]} or an older name for it")
-        shards = set(read_json(folder / part / name)["weight_map"].values()) if name.endswith(".json") else {name}
+        shards = set(read_json(folder / part / name).get("weight_map", {}).values()) if name.endswith(".json") else {name}
         parts[part] = {k: v for shard in sorted(shards) for k, v in read_file(folder / part / shard).items()}
     return description, parts
 
@@ -274,6 +275,7 @@ def read_single_file(src: Path, prediction: str | None) -> tuple[Description, di
     known = {name for part in PARTS for name in places[part]}
     problems = [f"missing {name}" for name in sorted(known - tensors.keys())]
     problems += [f"unknown {name}" for name in sorted(tensors.keys() - known)]
+    problems += [f"twice {name}" for name, count in Counter(names.values()).items() if count > 1 and name in known]
     require(not problems, f"{src}: {len(problems)} tensors are not those of a Stable Diffusion checkpoint: "
                           f"{', '.join(problems[:8])}{' ...' if len(problems) > 8 else ''}")
     print(f"{src}: {len(known)} tensors, {len(stored) - len(known)} more are no weights and dropped")
@@ -287,30 +289,22 @@ def read_single_file(src: Path, prediction: str | None) -> tuple[Description, di
     return description, parts
 
 
-def write_settings(sd: StableDiffusion, folder: Path) -> None:
-    """Write everything that a model folder holds besides its weights."""
-    for part in PARTS:
-        (folder / part).mkdir(parents=True)
-        write_json(folder / part / "config.json", getattr(sd, part).config.to_dict())
-    (folder / "scheduler").mkdir()
-    write_json(folder / "scheduler" / "scheduler_config.json", sd.schedule.config.to_dict())
-    sd.tokenizer.save(folder / "tokenizer")
-    write_json(folder / "tinydb.json", sd.info.to_dict())
-    write_json(folder / "model_index.json", MODEL_INDEX)
-
-
 def pack(sd: StableDiffusion) -> str:
     """The settings and the tokenizer of a model folder as one text."""
     with TemporaryDirectory() as scratch:
-        write_settings(sd, Path(scratch))
+        sd.save_settings(Path(scratch))
         files = [path for path in sorted(Path(scratch).rglob("*")) if path.is_file()]
         return json.dumps({path.relative_to(scratch).as_posix(): path.read_text(encoding="utf-8") for path in files})
 
 
 def unpack(packed: str) -> Description:
     """What `pack` packed."""
+    try:
+        files = {str(name): str(text) for name, text in json.loads(packed).items()}
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"the settings in its metadata are damaged ({error}); convert it again from its source") from None
     with TemporaryDirectory() as scratch:
-        for name, text in json.loads(packed).items():
+        for name, text in files.items():
             path = Path(scratch, name).resolve()
             require(path.is_relative_to(Path(scratch).resolve()), f"{name}: a path out of the model, in its metadata")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -351,13 +345,14 @@ def recognise(src: Path, tensors: dict[str, Tensor], prediction: str | None) -> 
     return replace(kind, schedule=replace(kind.schedule, prediction_type=prediction))
 
 
-def clip_tokenizer(src: Path, folder: str | None, config: TextConfig) -> CLIPTokenizer:
+def clip_tokenizer(folder: str | None, config: TextConfig) -> CLIPTokenizer:
     """The tokenizer in `folder`, else CLIP's from the hub, with the padding that the text encoder was trained with."""
     try:
-        tokenizer = CLIPTokenizer.read(Path(folder) if folder else download(CLIP_REPO, ["vocab.json", "merges.txt"]))
+        folder = Path(folder) if folder else download(CLIP_REPO, ["vocab.json", "merges.txt"])
     except InputError as error:
-        raise InputError(f"{src} brings no tokenizer, and {error}; pass --tokenizer with the tokenizer/ of any Stable "
-                         "Diffusion folder") from None
+        raise InputError(f"there is no tokenizer with these weights, and {error}; pass --tokenizer with the tokenizer/ "
+                         "of any Stable Diffusion folder") from None
+    tokenizer = CLIPTokenizer.read(folder)
     return CLIPTokenizer(tokenizer.vocab, tokenizer.merges, "!" if config.hidden_act == "gelu" else EOS)
 
 
@@ -369,7 +364,7 @@ def download(repo: str, files: list[str] | None = None) -> Path:
             files = ["model_index.json"]  # and whatever an earlier run has put beside it
         elif files is None:
             files = needed_files(repo, [file.rfilename for file in HfApi().model_info(repo).siblings])
-            hf_hub_download(repo, "model_index.json")  # here a gated repository refuses, before there are progress bars
+            hf_hub_download(repo, "model_index.json")  # a gated repository refuses here, before any progress bar
         return Path(snapshot_download(repo, allow_patterns=files))
     except GatedRepoError:
         raise InputError(f"{repo}: a gated model; accept its terms on https://huggingface.co/{repo}, then `hf auth login` "
@@ -443,8 +438,7 @@ def main(settings: Settings):
                 f"{src}: no such file or folder, and not a hub id (owner/name)")
         description, tensors = read_folder(download(settings.src))
     if settings.tokenizer or description.tokenizer is None:
-        tokenizer = clip_tokenizer(src, settings.tokenizer, description.text_encoder)
-        description = replace(description, tokenizer=tokenizer)
+        description = replace(description, tokenizer=clip_tokenizer(settings.tokenizer, description.text_encoder))
     if settings.prediction:
         description = replace(description, schedule=replace(description.schedule, prediction_type=settings.prediction))
 
@@ -462,9 +456,9 @@ def main(settings: Settings):
             if dst.suffix == ".safetensors":
                 save_file(to_single_file(sd, dtype), temporary, {"format": "pt", "tinydb": pack(sd)})
             else:
-                write_settings(sd, temporary)
-                for part, name in WEIGHT_FILES.items():
-                    save_tensors(getattr(sd, part).state_dict(), temporary / part / name, dtype)
+                sd.save_settings(temporary)
+                for part in PARTS:
+                    save_model(getattr(sd, part), temporary, part, dtype)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{dst}: could not be written ({first_line(error)})") from None
     print(f"{dst}: written, {size / 1e9:.2f} GB")

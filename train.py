@@ -20,6 +20,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -335,6 +336,17 @@ def memory_plan(sd: StableDiffusion, settings: Settings, dtype: torch.dtype) -> 
     return f"memory, GB: {text}{recomputed}; in all {sum(plan.values()) / 1e9:.2f}"
 
 
+def check_disk(sd: StableDiffusion, settings: Settings, out: Path) -> None:
+    """Refuse to start what the disk cannot hold: a checkpoint is weights and two moments, in fp32."""
+    size = 12 * sum(p.numel() for model in (sd.unet, sd.text_encoder) for p in model.parameters())
+    checkpoints = settings.keep + 2 if settings.save_every else 0  # the best one, and one under way
+    needed = checkpoints * size + size // 3
+    home = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(home).free
+    require(free > needed, f"{home} has {free / 1e9:.1f} GB free, this run needs {needed / 1e9:.1f} for its checkpoints; "
+                           "make room, or use --keep 1, --save-every 0 or another --out")
+
+
 def relative_change(model: nn.Module, weights: Path, part: str) -> float:
     """How far training has moved a part from where it began: |w - w_0| / |w_0|."""
     before = canonical_names(part, read_tensors(weights / part / WEIGHT_FILES[part]))
@@ -376,11 +388,14 @@ def validate(model: DreamBoothLoss, loss_of, sets: list[Latents], num_timesteps:
 def draw_preview(sd: StableDiffusion, prompts: list[str], path: Path, autocast) -> None:
     """A grid of pictures from the same noise each time. Whatever goes wrong here must not end the training."""
     try:
+        sd.vae.to(sd.device)
         with autocast():
             images = sd.generate(prompts)
         save_png(grid(images, len(images)), path, " | ".join(prompts))
     except (torch.OutOfMemoryError, OSError) as error:
         tqdm.write(f"no preview this time: {str(error).splitlines()[0]}", file=sys.stderr)
+    finally:
+        sd.vae.to("cpu")
 
 
 def open_metrics(path: Path, step: int) -> TextIO:
@@ -421,6 +436,7 @@ def main(settings: Settings) -> None:
     instance_images = [fit(image, sd.resolution) for image in pictures.values()]
     if rank == 0:
         digest = hashlib.sha256(b"".join(image.tobytes() for image in instance_images)).hexdigest()[:12]
+        check_disk(sd, settings, out)
         claim(out, settings, {"world": world, "pictures": digest})
         for line in skipped:
             print(f"skipped {line}", file=sys.stderr)
@@ -571,6 +587,8 @@ if __name__ == "__main__":
         parser.exit(1, f"{parser.prog}: out of memory ({str(error).splitlines()[0]}). Try, in this order: --checkpointing "
                        "(activations are recomputed), --batch 1 with more --accumulate, --freeze-text (for SD 1.x 2 GB "
                        "less), --precision bf16\n")
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: {error.filename}: {error.strerror}; once that is mended, --resume goes on\n")
     except RuntimeError as error:
         if "closed by peer" not in str(error) and "reset by peer" not in str(error):
             raise

@@ -259,7 +259,7 @@ def test_tokenizer_of_a_single_file(pairs, narrow, sd1, tmp_path, monkeypatch):
 
     monkeypatch.setattr(convert_weights, "download", unreachable)
     assert "no hub; pass --tokenizer" in refusal(tmp_path / "other.safetensors", tmp_path / "none")
-    assert "pass --tokenizer" in refusal(tmp_path / "other.safetensors", tmp_path / "none", tokenizer=str(tmp_path))
+    assert "not a CLIP tokenizer" in refusal(tmp_path / "other.safetensors", tmp_path / "none", tokenizer=str(tmp_path))
 
 
 def lightning_checkpoint(path: Path, tensors: dict[str, Tensor], monkeypatch, old_numpy: bool) -> None:
@@ -441,6 +441,10 @@ def test_every_tensor_is_accounted_for(pairs, narrow, sd1, tmp_path):
     del tensors[UNET + "surprise.weight"], tensors[VAE + "quant_conv.bias"]
     save_file(tensors, tmp_path / "other.safetensors")
     assert f"missing {VAE}quant_conv.bias" in refusal(tmp_path / "other.safetensors", tmp_path / "out")
+    tensors |= {VAE + "quant_conv.bias": torch.ones(8), CLIP.replace("text_model.", "") + "final_layer_norm.bias": torch.ones(32)}
+    save_file(tensors, tmp_path / "other.safetensors")
+    assert f"twice {CLIP}final_layer_norm.bias" in refusal(tmp_path / "other.safetensors", tmp_path / "out")
+    del tensors[CLIP.replace("text_model.", "") + "final_layer_norm.bias"]
     tensors[VAE + "quant_conv.bias"] = torch.ones(3)
     save_file(tensors, tmp_path / "other.safetensors")
     line = refusal(tmp_path / "other.safetensors", tmp_path / "out", tokenizer=str(sd1 / "tokenizer"))
@@ -470,6 +474,13 @@ def test_metadata_cannot_write_elsewhere(sd1, tmp_path):
     packed = json.dumps({f"../../../../../..{tmp_path}/trace": "x"})
     save_file(tensors, tmp_path / "evil.safetensors", {"format": "pt", "tinydb": packed})
     assert "a path out of the model" in refusal(tmp_path / "evil.safetensors", tmp_path / "out")
+
+
+def test_damaged_metadata(sd1, tmp_path):
+    tensors = load_file(convert(sd1, tmp_path / "whole.safetensors"))
+    for packed in ("{", "[]", "{}"):
+        save_file(tensors, tmp_path / "damaged.safetensors", {"format": "pt", "tinydb": packed})
+        refusal(tmp_path / "damaged.safetensors", tmp_path / "out")
 
 
 def test_destination(sd1, tmp_path):

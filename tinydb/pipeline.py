@@ -156,7 +156,7 @@ class StableDiffusion:
 
     def save_settings(self, folder: Path) -> None:
         """Write everything of a model folder but the weights."""
-        for part in ("text_encoder", "unet", "vae"):
+        for part in PARTS:
             (folder / part).mkdir(parents=True)
             write_json(folder / part / "config.json", getattr(self, part).config.to_dict())
         (folder / "scheduler").mkdir()

@@ -124,10 +124,10 @@ def written_whole(path: Path) -> Iterator[Path]:
 
     It is on the disk before it gets its name, so not even a power cut leaves half of it under that name.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    remove(temporary)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove(temporary)
         yield temporary
         for written in [temporary, *temporary.rglob("*")]:
             flush(written)
@@ -135,6 +135,9 @@ def written_whole(path: Path) -> Iterator[Path]:
             remove(path)  # a folder cannot be renamed over another
         os.replace(temporary, path)
         flush(path.parent)
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: could not be written ({reason}); what was there before is whole") from None
     finally:
         remove(temporary)
 

@@ -27,7 +27,6 @@ import torch
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,12 +36,13 @@ from tinydb.diffusion import NoiseSchedule
 from tinydb.pipeline import MODEL_INDEX, PARTS, StableDiffusion
 from tinydb.tokenizer import EOS, CLIPTokenizer
 from tinydb.weights import (WEIGHT_FILES, canonical_name, fit_model, read_tensors, refuse_pointer, save_model,
-                            written_whole)
+                            save_tensors, written_whole)
 
 PREFIXES = {"text_encoder": "cond_stage_model.", "unet": "model.diffusion_model.", "vae": "first_stage_model."}
 
-# Our names, which are diffusers', and LDM's. The rows are applied in order, each to the beginning of a name; what no row
-# changes is the same in both. {i} is a level, {j} a block in it; `counted` works out what LDM counts in another way.
+# Our names, which are diffusers', and LDM's. The rows are applied in order, each to the beginning of a name; what no
+# row changes is the same in both. {i} is a level, {j} a block in it; `counted` works out what LDM counts differently.
+# RENAMES in tinydb/weights.py lists what LDM files hold besides, and drops it.
 TABLE = {
     "unet": {
         "{resnet}.norm1": "{resnet}.in_layers.0",
@@ -86,7 +86,8 @@ TABLE = {
         "text_model.embeddings.token_embedding": "model.token_embedding",
         "text_model.embeddings.position_embedding.weight": "model.positional_embedding",
         "text_model.encoder.layers.{i}.layer_norm{j}": "model.transformer.resblocks.{i}.ln_{j}",
-        "text_model.encoder.layers.{i}.self_attn.{qkv}_proj.{kind}": "model.transformer.resblocks.{i}.attn.in_proj_{kind}",
+        "text_model.encoder.layers.{i}.self_attn.{qkv}_proj.{kind}":
+            "model.transformer.resblocks.{i}.attn.in_proj_{kind}",
         "text_model.encoder.layers.{i}.self_attn.out_proj": "model.transformer.resblocks.{i}.attn.out_proj",
         "text_model.encoder.layers.{i}.mlp.fc1": "model.transformer.resblocks.{i}.mlp.c_fc",
         "text_model.encoder.layers.{i}.mlp.fc2": "model.transformer.resblocks.{i}.mlp.c_proj",
@@ -104,7 +105,7 @@ REFUSED = {  # tensors that give away what is not ours to convert
     r"(.+\.)?label_emb\..+": "an SDXL or unCLIP model",
     r"(.+\.)?(joint_blocks|double_blocks)\..+": "a Stable Diffusion 3 or Flux model",
 }
-HARMLESS = r"(pytorch_lightning|lightning|lightning_fabric|numpy)\..+|_codecs\.encode"  # old checkpoints carry them along
+HARMLESS = r"(pytorch_lightning|lightning|lightning_fabric|numpy)\..+|_codecs\.encode"  # in old checkpoints
 CLIP_REPO = "openai/clip-vit-large-patch14"  # its vocabulary is that of Stable Diffusion 1.x and 2.x
 V_PREDICTION_STD = 0.09  # ComfyUI's observation on the SD 2.x models that there are (comfy/supported_models.py, SD20)
 
@@ -164,7 +165,7 @@ def single_file_names(part: str, config: PartConfig) -> dict[str, list[str]]:
     return names
 
 
-def to_single_file(sd: StableDiffusion, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def to_single_file(sd: StableDiffusion) -> dict[str, Tensor]:
     """The tensors of a model under LDM's names."""
     tensors = {}
     for part in PARTS:
@@ -173,7 +174,7 @@ def to_single_file(sd: StableDiffusion, dtype: torch.dtype | None) -> dict[str, 
             tensor = torch.cat([state[our_name] for our_name in ours]) if len(ours) > 1 else state[ours[0]]
             if ".attn_1." in name and tensor.dim() == 2:
                 tensor = tensor[:, :, None, None]
-            tensors[name] = tensor.to("cpu", dtype).contiguous()
+            tensors[name] = tensor
     return tensors
 
 
@@ -223,7 +224,7 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def weight_file(part: str, names: Iterable[str]) -> str | None:
-    """Which of the files in a part's folder to read: full precision rather than half, safetensors rather than pickle."""
+    """Which file in a part's folder to read: full precision rather than half, safetensors rather than pickle."""
     new = WEIGHT_FILES[part].removesuffix(".safetensors")
     old = "pytorch_model" if part == "text_encoder" else new
     for variant in ("", ".fp16"):
@@ -252,7 +253,9 @@ def read_folder(folder: Path) -> tuple[Description, dict[str, dict[str, Tensor]]
     for part in PARTS:
         name = weight_file(part, {path.name for path in (folder / part).iterdir()})
         require(name is not None, f"{folder / part}: no weights; expected {WEIGHT_FILES[part]} or an older name for it")
-        shards = set(read_json(folder / part / name).get("weight_map", {}).values()) if name.endswith(".json") else {name}
+        shards = {name}
+        if name.endswith(".json"):
+            shards = set(read_json(folder / part / name).get("weight_map", {}).values())
         parts[part] = {k: v for shard in sorted(shards) for k, v in read_file(folder / part / shard).items()}
     return description, parts
 
@@ -302,7 +305,7 @@ def unpack(packed: str) -> Description:
     try:
         files = {str(name): str(text) for name, text in json.loads(packed).items()}
     except (ValueError, AttributeError) as error:
-        raise InputError(f"the settings in its metadata are damaged ({error}); convert it again from its source") from None
+        raise InputError(f"the settings in its metadata are damaged ({error}); convert its source again") from None
     with TemporaryDirectory() as scratch:
         for name, text in files.items():
             path = Path(scratch, name).resolve()
@@ -367,8 +370,8 @@ def download(repo: str, files: list[str] | None = None) -> Path:
             hf_hub_download(repo, "model_index.json")  # a gated repository refuses here, before any progress bar
         return Path(snapshot_download(repo, allow_patterns=files))
     except GatedRepoError:
-        raise InputError(f"{repo}: a gated model; accept its terms on https://huggingface.co/{repo}, then `hf auth login` "
-                         "and run this again") from None
+        raise InputError(f"{repo}: a gated model; accept its terms on https://huggingface.co/{repo}, then "
+                         "`hf auth login` and run this again") from None
     except RepositoryNotFoundError:
         raise InputError(f"{repo}: no such file or folder here, and no such model on the hub, or a private one (then "
                          "`hf auth login` first)") from None
@@ -449,12 +452,13 @@ def main(settings: Settings):
     size = sum(p.numel() * (2 if settings.half else p.itemsize) for model in models for p in model.parameters())
     home = next(folder for folder in dst.absolute().parents if folder.exists())
     free = shutil.disk_usage(home).free
-    require(free > size, f"{dst}: needs {size / 1e9:.1f} GB, {home} has {free / 1e9:.1f} GB free; make room, or use --half")
+    require(free > size, f"{dst}: needs {size / 1e9:.1f} GB, {home} has {free / 1e9:.1f} GB free; make room, or use "
+                         "--half")
 
     try:
         with written_whole(dst) as temporary, progress(temporary, size):
             if dst.suffix == ".safetensors":
-                save_file(to_single_file(sd, dtype), temporary, {"format": "pt", "tinydb": pack(sd)})
+                save_tensors(to_single_file(sd), temporary, dtype, tinydb=pack(sd))
             else:
                 sd.save_settings(temporary)
                 for part in PARTS:

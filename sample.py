@@ -65,7 +65,7 @@ def output_paths(out: Path, prompt: str, count: int) -> tuple[list[Path], Path]:
 
 def main(settings: Settings):
     require(settings.count > 0, f"-n {settings.count}: expected 1 or more")
-    require(settings.seed >= 0, f"--seed {settings.seed}: expected 0 or more")
+    require(0 <= settings.seed < 2**32, f"--seed {settings.seed}: expected 0 to {2**32 - 1}")
     require(0 <= settings.eta <= 1, f"--eta {settings.eta}: expected 0 (DDIM) to 1 (DDPM)")
     out = Path(settings.out)
     require(out.suffix == ".png" or not out.is_file(), f"--out {out}: a file; expected a folder or the name of a .png")

@@ -25,10 +25,12 @@ import signal
 import sys
 import time
 import tomllib
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TextIO
 
@@ -52,7 +54,10 @@ from tinydb.unet import Transformer2DModel
 from tinydb.weights import WEIGHT_FILES, canonical_names, read_tensors, remove, save_tensors, written_whole
 
 TINY = Path(__file__).parent / "weights" / "tiny"
+FREE_ON_RESUME = ("out", "steps", "keep", "log")  # what may change without changing the result of a step
 CLASS_GROUP = 8  # class images made together; fixed, since it decides their last bit
+DIVERGED = ("step {step}: the loss is {losses}; nothing was saved of it. Try a lower --lr than {lr}, or --precision fp32; "
+            "--resume goes on from the last checkpoint")
 VALIDATION_EXAMPLES = 8  # of each set
 VALIDATION_STEP = 2**31  # a step that no run reaches, for draws of its own
 
@@ -103,15 +108,18 @@ class Settings:
         for name in ("steps", "batch", "accumulate", "lr", "class_images", "keep"):
             value = getattr(resolved, name)
             require(0 < value < math.inf, f"--{name.replace('_', '-')} {value}: expected more than 0")
-        for name in ("prior_weight", "save_every", "sample_every", "seed"):
+        for name in ("prior_weight", "save_every", "sample_every"):
             value = getattr(resolved, name)
             require(0 <= value < math.inf, f"--{name.replace('_', '-')} {value}: expected 0 or more")
+        require(0 <= self.seed < 2**32, f"--seed {self.seed}: expected 0 to {2**32 - 1}")
+        require(self.log is None or find_spec(self.log) is not None,
+                f"--log {self.log}: not installed; run `pip install {self.log}`")
         require(bool(self.identifier.strip()), f"--identifier '': expected a rare word, such as {DEFAULT_IDENTIFIER}")
         return resolved
 
-    def fixed(self) -> dict[str, object]:
-        """What a resumed run must have in common with the run it continues."""
-        return {k: v for k, v in asdict(self).items() if k not in ("out", "steps", "keep", "resume", "log", "config")}
+    def noted(self) -> dict[str, object]:
+        """What OUT/config.json keeps: everything but how this one command was given."""
+        return {name: value for name, value in asdict(self).items() if name not in ("resume", "config")}
 
 
 def read_config_file(path: Path) -> list[str]:
@@ -122,6 +130,7 @@ def read_config_file(path: Path) -> list[str]:
         except (OSError, ValueError) as error:
             raise InputError(f"--config {path}: not readable as TOML ({error})") from None
     else:
+        require(path.is_file(), f"--config {path}: no such file")
         entries = read_json(path)
     flags = {f.name: f.metadata.get("flag", "--" + f.name.replace("_", "-")) for f in fields(Settings)}
     flags |= {flag.removeprefix("--").replace("-", "_"): flag for flag in flags.values()}  # "class" for "class_noun"
@@ -188,6 +197,15 @@ def class_images_key(sd: StableDiffusion, prompt: str, seed: int, weights: Path)
     return digest.hexdigest()[:12]
 
 
+def readable(path: Path) -> bool:
+    """Whether a file is a whole picture."""
+    try:
+        open_picture(path)
+        return True
+    except (OSError, ValueError, SyntaxError):
+        return False
+
+
 def make_class_images(sd: StableDiffusion, prompt: str, paths: list[Path], seed: int, rank: int, world: int,
                       stop: "StopSignal") -> None:
     """Draw those of `paths` that are missing, picture i from seed + i, with the model as it is.
@@ -197,12 +215,16 @@ def make_class_images(sd: StableDiffusion, prompt: str, paths: list[Path], seed:
     """
     recipe = sd.info.recipe
     groups = [range(i, min(i + CLASS_GROUP, len(paths))) for i in range(0, len(paths), CLASS_GROUP)][rank::world]
+    for path in paths:
+        if path.exists() and not readable(path):
+            path.unlink()
     missing = [group for group in groups if not all(paths[i].exists() for i in group)]
     progress = tqdm(total=sum(map(len, missing)), desc=f"class images, {prompt!r}", unit="picture",
                     disable=rank > 0 or not missing)
     for group in missing:
         for attempt in range(5):
-            stop.exit_if_asked()
+            if stop.asked:
+                stop.exit()
             seeds = [seed + i + attempt * 2**32 for i in group]
             images = sd.generate([prompt] * len(group), steps=recipe.class_steps, guidance_scale=recipe.class_guidance,
                                  latents=sd.initial_latents([torch.Generator().manual_seed(s) for s in seeds]))
@@ -237,11 +259,11 @@ class StopSignal:
     def receive(self, number: int, frame: object) -> None:
         self.asked = True
 
-    def exit_if_asked(self) -> None:
-        """Leave where no step is under way and everything made so far is on the disk."""
-        if self.asked:
+    def exit(self) -> None:
+        """Leave; everything made so far is on the disk."""
+        if int(os.environ.get("RANK", 0)) == 0:
             print("\nstopped; the same command with --resume goes on from here", file=sys.stderr)
-            sys.exit(130)
+        sys.exit(130)
 
 
 def save_checkpoint(sd: StableDiffusion, model: DreamBoothLoss, optimizer: torch.optim.Optimizer,
@@ -279,10 +301,15 @@ def saved_checkpoints(out: Path) -> list[Path]:
     return sorted((out / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def drop_checkpoints(out: Path, keep: int, best_step: int) -> None:
+def checkpoint_path(out: Path, step: int) -> Path:
+    """The folder of the checkpoint at `step`."""
+    return out / "checkpoints" / f"step-{step:06d}"
+
+
+def drop_checkpoints(out: Path, keep: int, best_step: int | None) -> None:
     """Delete all but the newest `keep` checkpoints and the best one."""
     for path in saved_checkpoints(out)[:-keep]:
-        if path.name != f"step-{best_step:06d}":
+        if best_step is None or path != checkpoint_path(out, best_step):
             remove(path)
 
 
@@ -291,19 +318,18 @@ def claim(out: Path, settings: Settings, run: dict[str, object]) -> None:
 
     Refuses a folder that holds anything else, and a --resume that would continue a different run.
     """
-    config = out / "config.json"
+    config, noted = out / "config.json", {**settings.noted(), "run": run}
     if settings.resume:
         require(config.exists(), f"--resume: no run in {out}; leave --resume out to start one")
-        before, now = read_json(config), {**asdict(settings), "run": run}
-        for name in (*settings.fixed(), "run"):
-            require(before.get(name) == now[name],
-                    f"--resume: {name} was {before.get(name)!r} and is now {now[name]!r}; only --steps may change")
+        before = read_json(config)
+        for name, now in noted.items():
+            require(before.get(name) == now or name in FREE_ON_RESUME,
+                    f"--resume: {name} was {before.get(name)!r} and is now {now!r}; only --steps may change")
     else:
-        require(not out.exists() or (out.is_dir() and not any(out.iterdir())),
+        require(not out.exists() or (out.is_dir() and not [p for p in out.iterdir() if not p.name.startswith(".")]),
                 f"{out} is not empty; continue its run with --resume, or give this one its own folder with --out")
-    out.mkdir(parents=True, exist_ok=True)
     with written_whole(config) as temporary:
-        write_json(temporary, {**asdict(settings), "run": run})
+        write_json(temporary, noted)
 
 
 # ------------------------------------------------------------------------------ what a person wants to see
@@ -358,20 +384,14 @@ def relative_change(model: nn.Module, weights: Path, part: str) -> float:
     return math.sqrt(moved / total)
 
 
-def open_tracker(name: str | None, out: Path, settings: Settings):
-    """A function (values, step) that logs to tensorboard or wandb; one that does nothing where neither is asked for."""
+def open_tracker(name: str | None, out: Path, settings: Settings) -> Callable[[dict[str, float], int], None]:
+    """A function (values, step) that logs to tensorboard or wandb, or does nothing where neither is asked for."""
     if name == "tensorboard":
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise InputError("--log tensorboard: not installed; run `pip install tensorboard`") from None
+        from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(out / "tensorboard")
         return lambda values, step: [writer.add_scalar(key, value, step) for key, value in values.items()]
     if name == "wandb":
-        try:
-            import wandb
-        except ImportError:
-            raise InputError("--log wandb: not installed; run `pip install wandb`") from None
+        import wandb
         run = wandb.init(project="tinydb", dir=out, name=out.name, config=asdict(settings))
         return lambda values, step: run.log(values, step=step)
     return lambda values, step: None
@@ -391,18 +411,19 @@ def draw_preview(sd: StableDiffusion, prompts: list[str], path: Path, autocast) 
         sd.vae.to(sd.device)
         with autocast():
             images = sd.generate(prompts)
-        save_png(grid(images, len(images)), path, " | ".join(prompts))
-    except (torch.OutOfMemoryError, OSError) as error:
-        tqdm.write(f"no preview this time: {str(error).splitlines()[0]}", file=sys.stderr)
+        with written_whole(path) as temporary:
+            save_png(grid(images, len(images)), temporary, " | ".join(prompts))
+    except (torch.OutOfMemoryError, InputError) as error:
+        tqdm.write(f"no preview this time: {error}", file=sys.stderr)
     finally:
         sd.vae.to("cpu")
 
 
 def open_metrics(path: Path, step: int) -> TextIO:
     """metrics.jsonl to append to, cut back to what a checkpoint at `step` knows of."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text().splitlines()[:step] if path.exists() else []  # a line a step, the last one perhaps in half
     with written_whole(path) as temporary:
-        temporary.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        temporary.write_text("".join(line + "\n" for line in lines))
     return path.open("a")
 
 
@@ -443,7 +464,8 @@ def main(settings: Settings) -> None:
         for name, image in pictures.items():
             if min(image.size) * 1.5 < sd.resolution:
                 print(f"{name} is only {image.width}x{image.height}: enlarged, it will look soft", file=sys.stderr)
-        grid(instance_images, min(len(instance_images), 5)).save(out / "inputs.png")
+        with written_whole(out / "inputs.png") as temporary:
+            save_png(grid(instance_images, min(len(instance_images), 5)), temporary, ", ".join(pictures))
         print(memory_plan(sd, settings, dtype), file=sys.stderr)
     if world > 1:
         dist.barrier()
@@ -517,8 +539,7 @@ def main(settings: Settings) -> None:
             dist.all_reduce(report)
         *losses, asked_to_stop = report.tolist()
         if not all(map(math.isfinite, losses)):
-            raise InputError(f"step {step + 1}: the loss is {losses}; nothing was saved after it. Try a lower --lr than "
-                             f"{settings.lr}, or --precision fp32; --resume goes on from the last checkpoint")
+            raise InputError(DIVERGED.format(step=step + 1, losses=losses, lr=settings.lr))
 
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -528,7 +549,7 @@ def main(settings: Settings) -> None:
 
         done = step + 1
         state["step"] = done
-        save = asked_to_stop or done == settings.steps or (settings.save_every and done % settings.save_every == 0)
+        due = done == settings.steps or (settings.save_every > 0 and done % settings.save_every == 0)
         if rank == 0:
             values = dict(zip(("instance_loss", "prior_loss"), losses))
             shown = {name: f"{value:.4f}" for name, value in values.items()}
@@ -536,36 +557,38 @@ def main(settings: Settings) -> None:
                 shown["GB"] = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}"
             progress.set_postfix(shown, refresh=False)
             values["lr"] = settings.lr
-            if save:
-                sd.info = replace(sd.info, step=done)
+            if due or asked_to_stop:
                 values |= validate(model, loss_of, sets, num_timesteps, settings)
                 values |= {f"{part}_change": relative_change(getattr(model, part), weights, part)
                            for part in ("unet", "text_encoder")}
-                if state["best_loss"] is None or values["validation_loss"] <= state["best_loss"]:
-                    state |= {"best_step": done, "best_loss": values["validation_loss"]}
-                if settings.save_every:
-                    save_checkpoint(sd, model, optimizer, scaler, weights, out / "checkpoints" / f"step-{done:06d}", state)
-                    drop_checkpoints(out, settings.keep, state["best_step"])
+                if not math.isfinite(values["validation_loss"]):
+                    raise InputError(DIVERGED.format(step=done, losses=values["validation_loss"], lr=settings.lr))
+            if due and (state["best_loss"] is None or values["validation_loss"] <= state["best_loss"]):
+                state |= {"best_step": done, "best_loss": values["validation_loss"]}
             if settings.sample_every and done % settings.sample_every == 0:
                 draw_preview(sd, previews, out / "samples" / f"step-{done:06d}.png", autocast)
             metrics.write(json.dumps({"step": done, **values}) + "\n")
             metrics.flush()
             track(values, done)
+            if asked_to_stop or (due and settings.save_every):  # last, so that whatever it knows of is there
+                sd.info = replace(sd.info, step=done)
+                save_checkpoint(sd, model, optimizer, scaler, weights, checkpoint_path(out, done), state)
+                drop_checkpoints(out, settings.keep, state["best_step"])
         if asked_to_stop:
             break
     if world > 1:
         dist.barrier()  # nobody leaves, and has torchrun end the others, while rank 0 writes
 
     if state["step"] < settings.steps:
-        stop.exit_if_asked()
+        stop.exit()
     if rank == 0:
         sd.info = replace(sd.info, step=state["step"])
         sd.save(out / "model", vae_from=weights)
         command = f'python sample.py "{PLACEHOLDER} {settings.class_noun} on the moon" -n 4 --weights'
         print(f"\n{out / 'model'} knows your {settings.class_noun} as {PLACEHOLDER}. Try:\n\n    {command} {out / 'model'}\n")
-        best = out / "checkpoints" / f"step-{state['best_step'] or 0:06d}"
-        if best.exists() and state["best_step"] != state["step"]:
-            print(f"The validation loss was lowest at step {state['best_step']}:\n\n    {command} {best}\n")
+        if state["best_step"] not in (None, state["step"]):
+            print(f"The validation loss was lowest at step {state['best_step']}:\n\n    {command} "
+                  f"{checkpoint_path(out, state['best_step'])}\n")
     if world > 1:
         dist.destroy_process_group()
 
@@ -579,9 +602,9 @@ if __name__ == "__main__":
             arguments = parser.parse_args(read_config_file(Path(arguments.config)) + sys.argv[1:])
         main(Settings(**vars(arguments)))
     except InputError as error:
-        if rank > 0:
-            time.sleep(3)  # the first to leave has torchrun end the others, and rank 0 has a line to print
-            sys.exit(2)
+        if rank > 0:  # the line is rank 0's to print; should this rank be the only one in trouble, it lives to say so
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(3)
         parser.error(str(error))
     except torch.OutOfMemoryError as error:
         parser.exit(1, f"{parser.prog}: out of memory ({str(error).splitlines()[0]}). Try, in this order: --checkpointing "

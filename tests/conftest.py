@@ -6,24 +6,30 @@ every parity test tests reading the folder as well.
 
 import functools
 import json
+import runpy
 import shutil
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 import transformers
 from diffusers import (AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline,
                        UNet2DConditionModel)
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 
 import tinydb
-from tinydb.config import ScheduleConfig, TextConfig, UNetConfig, VAEConfig
+import train
+from tinydb.config import ModelInfo, Recipe, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, write_json
 
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
@@ -91,6 +97,12 @@ def small(kind: str) -> Kind:
                                use_linear_projection=True, upcast_attention=True),
                     vae_config(8, 16, 16, 16, layers_per_block=2),
                     ScheduleConfig(**schedule, prediction_type="v_prediction"), "!")
+    if kind == "nano":  # 16 pixels wide, for tests that train: a step takes milliseconds
+        return Kind(text_config(16),
+                    UNetConfig(sample_size=8, norm_num_groups=4, block_out_channels=(16, 16), layers_per_block=1,
+                               down_block_types=(plain, cross), up_block_types=(up_cross, up_plain),
+                               cross_attention_dim=16, attention_head_dim=2),
+                    vae_config(4, 8), ScheduleConfig(**schedule), "<|endoftext|>")
     return Kind(text_config(32),
                 UNetConfig(**unet, down_block_types=(plain, cross, cross), cross_attention_dim=32,
                            up_block_types=(up_cross, up_cross, up_plain), attention_head_dim=4,
@@ -178,3 +190,71 @@ def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tenso
     tensors = edit({name: tensor.clone() for name, tensor in load_file(path).items()})
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="session")
+def nano(pairs) -> Path:
+    """The folder of a model so small that a whole training costs less than importing torch."""
+    folder = pairs("nano").folder
+    recipe = Recipe(steps=4, batch=2, lr=1e-3, class_images=5, class_steps=2, class_guidance=2.0, sample_steps=3,
+                    guidance=2.0)
+    write_json(folder / "tinydb.json", ModelInfo(recipe=recipe).to_dict())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """A folder with three photographs of a subject, none of them square."""
+    folder = tmp_path_factory.mktemp("photos")
+    for i, size in enumerate([(40, 30), (30, 40), (64, 48)]):
+        pixels = np.random.default_rng(i).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread, since another number of them moves last bits, and no signal handlers that outlive the test."""
+    threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def teach(nano, photos, one_thread) -> Callable[..., Path]:
+    """train.py in this process: teach(out, **settings) returns `out`."""
+    def run(out: Path, **settings: Any) -> Path:
+        given = {"images": str(photos), "class_noun": "dog", "weights": str(nano), "device": "cpu", **settings}
+        train.main(train.Settings(out=str(out), **given))
+        return out
+    return run
+
+
+@pytest.fixture
+def command(tmp_path, one_thread, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """A whole script in this process, in folder tmp_path: command(script, *arguments) -> exit code, stdout, stderr."""
+    def run(script: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        try:
+            runpy.run_path(str(Path(train.__file__).with_name(script)), run_name="__main__")
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    monkeypatch.chdir(tmp_path)
+    return run
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The content of every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def difference(images: list[Image.Image], others: list[Image.Image]) -> int:
+    """The largest difference between two lists of pictures, in grey levels."""
+    assert [image.size for image in images] == [image.size for image in others]
+    return max(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() for a, b in zip(images, others))

@@ -170,15 +170,18 @@ def test_names_of_the_real_models(kind, counts):
         resblock = "cond_stage_model.model.transformer.resblocks.22."
         layer = "text_model.encoder.layers.22."
         expected |= {resblock + "attn.in_proj_bias": layer + "self_attn.q_proj.bias",
-                     resblock + "mlp.c_fc.weight": layer + "mlp.fc1.weight", resblock + "ln_2.bias": layer + "layer_norm2.bias",
+                     resblock + "mlp.c_fc.weight": layer + "mlp.fc1.weight",
+                     resblock + "ln_2.bias": layer + "layer_norm2.bias",
                      "cond_stage_model.model.positional_embedding": "text_model.embeddings.position_embedding.weight",
                      "cond_stage_model.model.ln_final.weight": "text_model.final_layer_norm.weight"}
     assert {name: flat.get(name) for name in expected} == expected
 
 
 def test_single_file_for_other_programs(ours, tmp_path):
-    """Shapes and metadata as A1111 and ComfyUI want them."""
+    """Shapes and metadata as A1111 and ComfyUI want them, in a file that other users may read as well."""
     file = convert(ours, tmp_path / "model.safetensors")
+    (tmp_path / "usual").touch()
+    assert file.stat().st_mode == (tmp_path / "usual").stat().st_mode
     with safe_open(file, "pt") as opened:
         assert opened.metadata()["format"] == "pt"
     tensors = load_file(file)
@@ -203,7 +206,8 @@ def test_foreign_sd1(pairs, narrow, sd1, tmp_path, capsys, position_ids):
     """EMA, schedule buffers and position_ids are dropped, nothing else."""
     extra = {name: torch.rand(1000) for name in BUFFERS}
     extra |= {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(7, dtype=torch.int32),
-              "model_ema.diffusion_modeltime_embed0weight": torch.rand(3), CLIP + "embeddings.position_ids": position_ids}
+              "model_ema.diffusion_modeltime_embed0weight": torch.rand(3),
+              CLIP + "embeddings.position_ids": position_ids}
     foreign(pairs, "sd1", tmp_path / "other.safetensors", **extra)
     folder = convert(tmp_path / "other.safetensors", tmp_path / "back", tokenizer=str(sd1 / "tokenizer"))
     assert "16 more are no weights" in capsys.readouterr().out
@@ -231,8 +235,8 @@ def test_foreign_sd2(pairs, narrow, tmp_path, capsys, spread, asked, expected):
     bias = torch.linspace(-1, 1, 32)
     extra[UNET + "output_blocks.8.1.transformer_blocks.0.norm1.bias"] = spread * bias / bias.std(correction=0)
     foreign(pairs, "sd2", tmp_path / "other.safetensors", **extra)
-    tokenizer = pairs("sd1").folder / "tokenizer"
-    sd = tinydb.load(convert(tmp_path / "other.safetensors", tmp_path / "back", tokenizer=str(tokenizer), prediction=asked))
+    sd = tinydb.load(convert(tmp_path / "other.safetensors", tmp_path / "back", prediction=asked,
+                             tokenizer=str(pairs("sd1").folder / "tokenizer")))
     assert sd.schedule.config.prediction_type == expected
     assert sd.unet.config.sample_size == (96 if expected == "v_prediction" else 8)
     assert sd.tokenizer.encode("dog")[0, -1] == 0
@@ -259,7 +263,8 @@ def test_tokenizer_of_a_single_file(pairs, narrow, sd1, tmp_path, monkeypatch):
 
     monkeypatch.setattr(convert_weights, "download", unreachable)
     assert "no hub; pass --tokenizer" in refusal(tmp_path / "other.safetensors", tmp_path / "none")
-    assert "not a CLIP tokenizer" in refusal(tmp_path / "other.safetensors", tmp_path / "none", tokenizer=str(tmp_path))
+    nothing = str(tmp_path / "nothing")
+    assert nothing in refusal(tmp_path / "other.safetensors", tmp_path / "none", tokenizer=nothing)
 
 
 def lightning_checkpoint(path: Path, tensors: dict[str, Tensor], monkeypatch, old_numpy: bool) -> None:
@@ -394,7 +399,8 @@ def test_tokenizer_json_alone(pair, ours):
 # ---- what is refused
 
 @pytest.mark.parametrize("names, reason", [
-    (["conditioner.embedders.0.transformer.x", "conditioner.embedders.1.model.x", UNET + "label_emb.0.0.weight"], "an SDXL model"),
+    (["conditioner.embedders.0.transformer.x", "conditioner.embedders.1.model.x", UNET + "label_emb.0.0.weight"],
+     "an SDXL model"),
     (["conditioner.embedders.0.model.x", UNET + "label_emb.0.0.weight"], "an SDXL refiner"),
     (["model.diffusion_model.joint_blocks.0.x"], "Stable Diffusion 3 or Flux"),
     (["double_blocks.0.img_attn.qkv.weight"], "Stable Diffusion 3 or Flux"),
@@ -412,8 +418,8 @@ def test_other_architectures_are_refused_by_name(tmp_path, names, reason):
     assert reason in line and names[0].split(".")[0] in line
 
 
-@pytest.mark.parametrize("channels, width, reason", [(9, 768, "inpainting"), (8, 768, "instruction"), (5, 1024, "depth"),
-                                                     (4, 2048, "attends to 2048")])
+@pytest.mark.parametrize("channels, width, reason", [
+    (9, 768, "inpainting"), (8, 768, "instruction"), (5, 1024, "depth"), (4, 2048, "attends to 2048")])
 def test_other_shapes_are_refused(tmp_path, channels, width, reason):
     save_file({UNET + "input_blocks.0.0.weight": torch.zeros(2, channels, 3, 3),
                UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(2, width)},
@@ -441,10 +447,11 @@ def test_every_tensor_is_accounted_for(pairs, narrow, sd1, tmp_path):
     del tensors[UNET + "surprise.weight"], tensors[VAE + "quant_conv.bias"]
     save_file(tensors, tmp_path / "other.safetensors")
     assert f"missing {VAE}quant_conv.bias" in refusal(tmp_path / "other.safetensors", tmp_path / "out")
-    tensors |= {VAE + "quant_conv.bias": torch.ones(8), CLIP.replace("text_model.", "") + "final_layer_norm.bias": torch.ones(32)}
+    second = CLIP.replace("text_model.", "") + "final_layer_norm.bias"
+    tensors |= {VAE + "quant_conv.bias": torch.ones(8), second: torch.ones(32)}
     save_file(tensors, tmp_path / "other.safetensors")
     assert f"twice {CLIP}final_layer_norm.bias" in refusal(tmp_path / "other.safetensors", tmp_path / "out")
-    del tensors[CLIP.replace("text_model.", "") + "final_layer_norm.bias"]
+    del tensors[second]
     tensors[VAE + "quant_conv.bias"] = torch.ones(3)
     save_file(tensors, tmp_path / "other.safetensors")
     line = refusal(tmp_path / "other.safetensors", tmp_path / "out", tokenizer=str(sd1 / "tokenizer"))
@@ -500,7 +507,6 @@ def test_failure_leaves_nothing(sd1, tmp_path, monkeypatch, name):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert_weights, "save_file", full)
     monkeypatch.setattr("tinydb.weights.save_file", full)
     assert "No space left" in refusal(sd1, tmp_path / name)
 

@@ -22,7 +22,8 @@ def both(kind: Description, part: str) -> tuple[nn.Module, nn.Module]:
     for name, buffer in reference.named_buffers():
         assert name.endswith("position_ids")
         buffer.copy_(torch.arange(buffer.shape[-1])[None])
-    state = {prefixed(name) if part == "text_encoder" else name: tensor for name, tensor in reference.named_parameters()}
+    state = {prefixed(name) if part == "text_encoder" else name: tensor
+             for name, tensor in reference.named_parameters()}
     ours.load_state_dict(state, assign=True)
     return reference, ours.eval()
 

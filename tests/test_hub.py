@@ -57,8 +57,8 @@ class Answer(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def do_GET(self):
-        match = re.fullmatch(r"(?:/api/models)?/([\w-]+/[\w-]+)(?:/(revision|tree|resolve)/\w+/?([^?]*))?(?:\?.*)?", self.path)
-        repo, call, name = match.groups()
+        path = self.path.removeprefix("/api/models").split("?")[0]
+        repo, call, name = re.fullmatch(r"/([\w-]+/[\w-]+)(?:/(revision|tree|resolve)/\w+/?(.*))?", path).groups()
         folder = self.server.repositories.get(repo)
         if repo in self.server.closed and (call == "resolve" or self.server.closed[repo][1] != "GatedRepo"):
             status, code = self.server.closed[repo]
@@ -106,7 +106,8 @@ def hub(pairs, tmp_path) -> Hub:
     folder = Path(shutil.copytree(pairs("sd1").folder, tmp_path / "hub" / "model"))
     for name in ("v1-5-pruned.ckpt", "v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.bin",
                  "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors",
-                 "vae/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin", "safety_checker/model.safetensors"):
+                 "vae/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin",
+                 "safety_checker/model.safetensors"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"another copy")
     server = Hub({"me/model": folder, "me/lora": tmp_path / "hub" / "lora"})
@@ -133,8 +134,8 @@ def convert(hub, tmp_path) -> Callable[..., subprocess.CompletedProcess]:
 
 
 def test_download(hub, convert, pairs, tmp_path):
-    """What is needed is fetched, and nothing else; a broken connection is resumed; a second run, and one offline, fetch
-    nothing more."""
+    """What is needed is fetched, and nothing else; a broken connection is resumed; a second run, and one offline,
+    fetch nothing more."""
     hub.drop = {UNET}
     # in double precision it is longer than the 10 MB that huggingface_hub writes at once
     edit_tensors(hub.repositories["me/model"] / UNET, lambda tensors: {k: v.double() for k, v in tensors.items()})
@@ -142,14 +143,16 @@ def test_download(hub, convert, pairs, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [first > 0 for name, first in hub.sent if name == UNET] == [False, True]
     assert hub.files == sorted([
-        "model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json", "text_encoder/model.safetensors",
-        "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "unet/config.json", UNET, "vae/config.json", VAE])
+        "model_index.json", "scheduler/scheduler_config.json", "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json", "text_encoder/config.json", "text_encoder/model.safetensors",
+        "unet/config.json", UNET, "vae/config.json", VAE])
     tensors, expected = load_file(tmp_path / "first" / UNET), pairs("sd1").sd.unet.state_dict()
     assert all(tensor.equal(expected[name].double()) for name, tensor in tensors.items())
 
     hub.sent.clear()
     assert convert("me/model", "second").returncode == 0
-    assert convert("me/model", "third.safetensors", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9").returncode == 0
+    offline = convert("me/model", "third.safetensors", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
+    assert offline.returncode == 0
     assert hub.sent == []
     tinydb.load(tmp_path / "second")
 

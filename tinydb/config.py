@@ -289,7 +289,8 @@ class Parser(argparse.ArgumentParser):
             if f.default is MISSING:
                 self.add_argument(f.name, **argument)
             elif f.type is bool:
-                self.add_argument(flag, dest=f.name, action="store_true", **argument)
+                self.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=f.default,
+                                  **argument)
             else:
                 self.add_argument(flag, dest=f.name, default=f.default, **argument)
 

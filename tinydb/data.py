@@ -40,7 +40,7 @@ def read_pictures(folder: Path) -> tuple[dict[str, Image.Image], list[str]]:
         except UnidentifiedImageError:
             hint = "convert it to JPEG first" if path.suffix.lower() in (".heic", ".heif") else "not a picture"
             skipped.append(f"{path.name}: {hint}")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
             skipped.append(f"{path.name}: damaged ({error})")
     return pictures, skipped
 

@@ -112,10 +112,13 @@ def save_model(model: nn.Module, folder: Path, part: str, dtype: torch.dtype | N
     save_tensors(model.state_dict(), folder / part / WEIGHT_FILES[part], dtype)
 
 
-def save_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None = None) -> None:
-    """Write tensors in row-major order, whatever their device and layout in memory."""
+def save_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None = None, **metadata: str) -> None:
+    """Write tensors in row-major order, whatever their device and layout in memory, and `metadata` beside them."""
     contiguous = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, path, metadata={"format": "pt"})  # older transformers refuse a file without it
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(contiguous, path, metadata={"format": "pt", **metadata})  # older transformers refuse one without "format"
+    path.chmod(mode)  # safetensors leaves files that no other user may read
 
 
 @contextmanager
@@ -154,9 +157,11 @@ def flush(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
+    """Delete a file or a folder, if it is there; a folder loses its name first, so that half of one is never seen."""
     if path.is_dir():
-        shutil.rmtree(path)
+        nameless = path.with_name(f".{path.name}.old")
+        os.replace(path, nameless)
+        shutil.rmtree(nameless)
     else:
         path.unlink(missing_ok=True)
 

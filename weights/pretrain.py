@@ -35,7 +35,7 @@ from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, choose_device
 from tinydb.tokenizer import BOS, EOS, CLIPTokenizer
 from tinydb.unet import Transformer2DModel, UNet2DConditionModel
 from tinydb.vae import AutoencoderKL
-from tinydb.weights import written_whole
+from tinydb.weights import read_tensors, save_tensors, written_whole
 from world import Scene, caption, full_caption, render, sample_scene
 
 SIZE = 64  # pixels
@@ -71,9 +71,9 @@ class Settings:
     decoder_steps: int = option(1600, "more steps of its decoder alone", type=int)
     vae_batch: int = option(8, "crops a step", type=int)
     vae_lr: float = option(2e-3, "learning rate of the autoencoder", type=float)
-    steps: int = option(8000, "steps of text encoder and UNet", type=int)
+    steps: int = option(6500, "steps of text encoder and UNet", type=int)
     batch: int = option(16, "pictures a step", type=int)
-    lr: float = option(8e-4, "learning rate of text encoder and UNet", type=float)
+    lr: float = option(1.2e-3, "learning rate of text encoder and UNet", type=float)
     seed: int = option(0, "decides everything random", type=int)
     device: str = option("auto", "cpu, cuda, mps, ... or auto")
 
@@ -191,18 +191,22 @@ def make_tokenizer(words: list[str]) -> CLIPTokenizer:
 
 
 @torch.inference_mode()
-def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the latents of every picture, (N, C, h, w) each, kept on the CPU."""
-    parts = [vae.encode(to_pixels(pictures[i : i + 64]).to(device, memory_format=torch.channels_last))
-             for i in tqdm(range(0, len(pictures), 64), "encoding the world")]
-    mean, std = (torch.cat([part[k].cpu() for part in parts]) for k in (0, 1))
-    return mean, std
+def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, out: Path, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents of every picture, (N, C, h, w) each, kept in OUT and on the CPU."""
+    path = out / "latents.safetensors"
+    if not path.exists():
+        parts = [vae.encode(to_pixels(pictures[i : i + 64]).to(device, memory_format=torch.channels_last))
+                 for i in tqdm(range(0, len(pictures), 64), "encoding the world")]
+        with written_whole(path) as temporary:
+            save_tensors({name: torch.cat([part[k] for part in parts]) for k, name in enumerate(("mean", "std"))}, temporary)
+    latents = read_tensors(path)
+    return latents["mean"], latents["std"]
 
 
 def train_text_to_image(settings: Settings, sd: StableDiffusion, pictures: np.ndarray, scenes: list[Scene],
                         out: Path, device: torch.device) -> None:
     """Text encoder and UNet together, on latents of the finished autoencoder; `sd` gets their moving averages."""
-    mean, std = encode_pictures(sd.vae, pictures, device)
+    mean, std = encode_pictures(sd.vae, pictures, out, device)
     scaling = 1 / (mean.var() + std.square().mean()).sqrt().item()  # latents of unit variance
     sd.vae.config = replace(VAE, scaling_factor=scaling)
     mean, std = mean * scaling, std * scaling

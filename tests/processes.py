@@ -1,0 +1,116 @@
+"""The scripts in processes of their own, where the process is the point: exit codes, stderr, signals, ranks.
+
+Each is forked from one process that has imported torch already, so it costs milliseconds where `python train.py` costs
+seconds. Nothing here may import more than the scripts do: it is all imported again there.
+"""
+
+import multiprocessing
+import os
+import resource
+import runpy
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch._dynamo  # noqa: F401, what the scripts import on the way: for the forks to have it
+import torch._refs  # noqa: F401
+
+import sample  # noqa: F401
+import train  # noqa: F401
+
+ROOT = Path(__file__).parent.parent
+fork = multiprocessing.get_context("forkserver")
+fork.set_forkserver_preload([__name__])
+
+
+def arguments(**settings: object) -> list[str]:
+    """The command line of settings: resume=True, class_noun="dog" -> --resume --class=dog."""
+    named = {{"class_noun": "--class"}.get(name, "--" + name.replace("_", "-")): value
+             for name, value in settings.items()}
+    return [flag if value is True else f"{flag}={value}" for flag, value in named.items() if value is not False]
+
+
+def run_script(script: str, argv: list[str], environment: dict[str, str], output: Path, prepare: Callable) -> None:
+    """What the forked process does: `python SCRIPT ARGV` with stdout and stderr in files."""
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = [script, *argv]
+    prepare()
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except Exception:  # what Python itself would print
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+@dataclass
+class Script:
+    """A script that was started."""
+
+    process: multiprocessing.Process
+    output: Path
+
+    @property
+    def stderr(self) -> str:
+        return (self.output / "stderr").read_text()
+
+    @property
+    def stdout(self) -> str:
+        return (self.output / "stdout").read_text()
+
+    @property
+    def message(self) -> str:
+        """stderr without progress bars and empty lines."""
+        lines = [line.rpartition("\r")[2] for line in self.stderr.split("\n")]
+        return "\n".join(line for line in lines if line.strip() and "%|" not in line)
+
+    def wait(self) -> int:
+        """The exit code; minus the signal's number for a process that was killed."""
+        self.process.join(timeout=120)
+        return self.process.exitcode
+
+
+def nothing() -> None:
+    pass
+
+
+def start(output: Path, script: str, *argv: str, environment: dict[str, str] = {},
+          prepare: Callable[[], None] = nothing) -> Script:
+    """Start a script whose stdout and stderr go into the folder `output`; `prepare` runs in its process first."""
+    output.mkdir(parents=True, exist_ok=True)
+    process = fork.Process(target=run_script, args=(script, argv, environment, output, prepare), daemon=True)
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")])):
+        process.start()  # the first one starts the process to fork from, which has to find this file
+    return Script(process, output)
+
+
+def start_ranks(world: int, output: Path, *argv: str, prepare: Callable[[], None] = nothing) -> list[Script]:
+    """train.py as torchrun starts it, once for each rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [start(output / str(rank), "train.py", *argv, prepare=prepare,
+                  environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
+
+
+def limit_file_size(limit: int) -> None:
+    """Writing beyond this many bytes of any file fails, as it does on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def raise_out_of_memory() -> None:
+    """The first step finds the memory full."""
+    def clip_grad_norm_(parameters: list, limit: float) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nSee the documentation")
+
+    torch.nn.utils.clip_grad_norm_ = clip_grad_norm_

@@ -1,0 +1,263 @@
+"""Photographs of every kind to pixels and latents, and what a training step draws."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, features
+from torch import Tensor
+
+from tinydb.config import InputError
+from tinydb.data import ENCODE_BATCH, Latents, draw_step, fit, open_picture, read_pictures, to_pixels
+from tinydb.pictures import describe, grid, save_png, to_images
+
+ORIENTATION = 0x0112  # the EXIF tag
+TURNS = {  # how a camera that notes this orientation has stored an upright picture
+    1: [], 2: [Image.Transpose.FLIP_LEFT_RIGHT], 3: [Image.Transpose.ROTATE_180],
+    4: [Image.Transpose.FLIP_TOP_BOTTOM], 5: [Image.Transpose.TRANSPOSE], 6: [Image.Transpose.ROTATE_90],
+    7: [Image.Transpose.TRANSVERSE], 8: [Image.Transpose.ROTATE_270]}
+
+
+def picture(width: int = 40, height: int = 30) -> Image.Image:
+    """A smooth picture without any symmetry."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def difference(image: Image.Image, other: Image.Image) -> int:
+    """The largest difference in grey levels."""
+    assert image.mode == other.mode == "RGB" and image.size == other.size
+    return np.abs(np.asarray(image, int) - np.asarray(other, int)).max()
+
+
+# --------------------------------------------------------------------------------- files to pictures
+
+
+@pytest.mark.parametrize("suffix, tolerance", [("png", 0), ("jpg", 12)])
+@pytest.mark.parametrize("orientation", TURNS)
+def test_photograph_is_upright(tmp_path, orientation, suffix, tolerance):
+    stored, exif = picture(), Image.Exif()
+    for turn in TURNS[orientation]:
+        stored = stored.transpose(turn)
+    exif[ORIENTATION] = orientation
+    stored.save(tmp_path / f"turned.{suffix}", exif=exif, quality=98, subsampling=0)
+    assert difference(open_picture(tmp_path / f"turned.{suffix}"), picture()) <= tolerance
+
+
+def translucent(mode: str) -> Image.Image:
+    """2x1 pixels: red, or grey where there is no colour, which is opaque at the left and hidden at the right."""
+    image = Image.new(mode, (2, 1), (200, 0, 0, 255) if mode == "RGBA" else (200, 255))
+    image.putpixel((1, 0), (200, 0, 0, 0) if mode == "RGBA" else (200, 0))
+    return image
+
+
+def palette() -> Image.Image:
+    """2x1 pixels of two colours."""
+    image = Image.new("P", (2, 1))
+    image.putpalette([200, 0, 0, 0, 90, 0])
+    image.putpixel((1, 0), 1)
+    return image
+
+
+def sixteen_bits(*values: int) -> Image.Image:
+    return Image.fromarray(np.array([values], dtype=np.uint16))
+
+
+@pytest.mark.parametrize("name, image, options, expected", [
+    ("RGBA.png", translucent("RGBA"), {}, [(200, 0, 0), (255, 255, 255)]),
+    ("LA.png", translucent("LA"), {}, [(200, 200, 200), (255, 255, 255)]),
+    ("P.png", palette(), {}, [(200, 0, 0), (0, 90, 0)]),
+    ("P-transparent.png", palette(), {"transparency": 1}, [(200, 0, 0), (255, 255, 255)]),
+    ("P-translucent.png", palette(), {"transparency": bytes([255, 128])}, [(200, 0, 0), (127, 172, 127)]),
+    ("P-transparent.gif", palette(), {"transparency": 1}, [(200, 0, 0), (255, 255, 255)]),
+    ("RGB-transparent.png", Image.new("RGB", (2, 1), (9, 8, 7)), {"transparency": (9, 8, 7)}, [(255,) * 3] * 2),
+    ("L.png", Image.new("L", (2, 1), 77), {}, [(77, 77, 77)] * 2),
+    ("1.png", Image.new("1", (2, 1), 1), {}, [(255, 255, 255)] * 2),
+    ("I;16.png", sixteen_bits(0x8080, 0xFFFF), {}, [(128, 128, 128), (255, 255, 255)]),
+    ("I;16.tiff", sixteen_bits(0, 0x4040), {}, [(0, 0, 0), (64, 64, 64)]),
+    ("CMYK.tiff", Image.new("CMYK", (2, 1), (0, 255, 255, 0)), {}, [(255, 0, 0)] * 2),
+    ("RGB.bmp", Image.new("RGB", (2, 1), (1, 2, 3)), {}, [(1, 2, 3)] * 2),
+    ("RGB.webp", Image.new("RGB", (2, 1), (1, 2, 3)), {"lossless": True}, [(1, 2, 3)] * 2),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_every_mode_becomes_the_rgb_that_one_sees(tmp_path, name, image, options, expected):
+    """Transparency is white, whatever colour it hides; 16 bits keep their greys."""
+    image.save(tmp_path / name, **options)
+    opened = open_picture(tmp_path / name)
+    assert opened.mode == "RGB" and opened.size == (2, 1)
+    assert [opened.getpixel((x, 0)) for x in range(2)] == expected
+
+
+def test_multi_picture_jpeg_gives_its_first_picture(tmp_path):
+    """What many phones and cameras write into a .jpg."""
+    picture().save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (40, 30))], quality=98)
+    assert Image.open(tmp_path / "a.jpg").format == "MPO"
+    assert difference(open_picture(tmp_path / "a.jpg"), picture()) < 40
+
+
+def fill_with_junk(folder: Path) -> None:
+    """What folders of photographs hold besides photographs."""
+    picture(400, 300).save(folder / "whole.jpg")
+    (folder / "truncated.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:2000])
+    (folder / "empty.png").touch()
+    (folder / "notes.txt").write_text("rex on his birthday")
+    (folder / "IMG_1.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (folder / "more").mkdir()
+    picture().save(folder / "more" / "b.png")
+
+
+def test_junk_is_skipped_with_one_line_each(tmp_path):
+    fill_with_junk(tmp_path)
+    pictures, skipped = read_pictures(tmp_path)
+    assert list(pictures) == ["whole.jpg"]
+    reasons = dict(line.split(": ", 1) for line in skipped)
+    assert reasons.keys() == {"truncated.jpg", "empty.png", "notes.txt", "IMG_1.HEIC"}
+    assert reasons["empty.png"] == reasons["notes.txt"] == "not a picture"
+    assert "convert it to JPEG" in reasons["IMG_1.HEIC"]
+    assert "damaged" in reasons["truncated.jpg"] and "\n" not in reasons["truncated.jpg"]
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_damaged_avif_is_skipped(tmp_path):
+    """Pillow raises another kind of error for it."""
+    picture().save(tmp_path / "a.avif")
+    content = (tmp_path / "a.avif").read_bytes()
+    start = content.index(b"mdat") + 4
+    (tmp_path / "a.avif").write_bytes(content[:start] + b"\xff" * 20 + content[start + 20:])
+    pictures, skipped = read_pictures(tmp_path)
+    assert not pictures and skipped[0].startswith("a.avif: damaged")
+
+
+def test_names_say_nothing_about_contents(tmp_path):
+    picture().save(tmp_path / "really.heic", "PNG")
+    assert list(read_pictures(tmp_path)[0]) == ["really.heic"]
+
+
+def test_pictures_come_in_the_order_of_their_names(tmp_path):
+    for name in ("c.png", "a.png", "b.png"):
+        picture().save(tmp_path / name)
+    assert list(read_pictures(tmp_path)[0]) == ["a.png", "b.png", "c.png"]
+
+
+@pytest.mark.parametrize("make", [lambda path: None, Path.touch], ids=["nothing", "file"])
+def test_no_such_folder(tmp_path, make: Callable[[Path], None]):
+    make(tmp_path / "dogs")
+    with pytest.raises(InputError, match="dogs: no such folder"):
+        read_pictures(tmp_path / "dogs")
+
+
+# -------------------------------------------------------------------------- pictures to latents and back
+
+
+@pytest.mark.parametrize("width, height, box", [(40, 30, (5, 0, 35, 30)), (30, 40, (0, 5, 30, 35)),
+                                                (64, 64, (0, 0, 64, 64)), (6, 8, (0, 1, 6, 7))])
+def test_fit_is_the_centre_square_in_lanczos(width, height, box):
+    image = picture(width, height)
+    assert difference(fit(image, 16), image.resize((16, 16), Image.Resampling.LANCZOS, box)) == 0
+
+
+def test_pixels_and_back():
+    image = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    pixels = to_pixels([image, Image.new("RGB", (8, 8), (0, 127, 255))])
+    assert pixels.shape == (2, 3, 8, 8) and pixels.dtype == torch.float32
+    torch.testing.assert_close(pixels[1, :, 3, 5], torch.tensor([-1, 127 / 127.5 - 1, 1]))
+    assert difference(to_images(pixels)[0], image) == 0
+
+
+def test_pixels_out_of_range_are_clipped():
+    assert to_images(torch.tensor([-3.0, -1, 3]).view(1, 3, 1, 1))[0].getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_latents_are_those_of_each_picture(pairs):
+    """As diffusers' VAE encodes it, and in the order of the pictures, however many are encoded together."""
+    pair = pairs("nano")
+    images = [picture(16 + i, 16).crop((i, 0, 16 + i, 16)) for i in range(ENCODE_BATCH + 2)]
+    latents = Latents.of(images, pair.sd.vae, torch.device("cpu"))
+    with torch.no_grad():
+        expected = pair.reference.vae.encode(to_pixels(images)).latent_dist
+    scale = pair.reference.vae.config.scaling_factor
+    torch.testing.assert_close(latents.mean, expected.mean * scale, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(latents.std, expected.std * scale, rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------ what a training step draws
+
+
+def numbered(count: int, start: int = 0, std: float = 0.0) -> Latents:
+    """Latents that tell which picture they are."""
+    mean = torch.arange(start, start + count).float().view(-1, 1, 1, 1).expand(-1, 4, 8, 8)
+    return Latents(mean, torch.full_like(mean, std))
+
+
+def drawn(count: int, *, seed: int = 0, step: int = 0) -> tuple[Tensor, ...]:
+    """Latents, noise and timesteps of a step on three instance and five class pictures."""
+    draw = draw_step([numbered(3), numbered(5, start=10)], count, 1000, seed, step)
+    return draw.latents, draw.noise, draw.timesteps
+
+
+def test_draw_depends_on_seed_and_step_alone():
+    torch.manual_seed(1)
+    first = drawn(4, seed=3, step=7)
+    torch.manual_seed(2)
+    assert all(map(torch.equal, first, drawn(4, seed=3, step=7)))
+    for other in (drawn(4, seed=3, step=8), drawn(4, seed=4, step=7), drawn(4, seed=7, step=3)):
+        assert not any(map(torch.equal, first[1:], other[1:]))
+
+
+def test_draw_leaves_the_global_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    drawn(4)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_no_picture_comes_twice_before_each_came_once():
+    latents = drawn(7)[0][:, :, 0, 0, 0]
+    for group in (latents[0, :3], latents[0, 3:6]):
+        assert sorted(group.tolist()) == [0, 1, 2]
+    assert sorted(latents[1, :5].tolist()) == [10, 11, 12, 13, 14]
+
+
+def test_order_differs_from_step_to_step():
+    assert len({tuple(drawn(3, step=step)[0][0, :, 0, 0, 0].tolist()) for step in range(30)}) == 6
+
+
+def test_every_example_has_noise_and_a_timestep_of_its_own():
+    _, noise, timesteps = drawn(500)
+    assert noise.shape == (2, 500, 4, 8, 8) and timesteps.shape == (2, 500)
+    flat = noise.flatten(0, 1).flatten(1)
+    assert len(flat.unique(dim=0)) == 1000
+    assert abs(flat.mean()) < 0.01 and abs(flat.std() - 1) < 0.01
+    assert timesteps.min() < 10 and timesteps.max() in range(990, 1000)
+    assert abs(timesteps.float().mean() - 499.5) < 40
+
+
+def test_latents_are_drawn_from_the_posterior():
+    draw = draw_step([numbered(1, start=3, std=0.5)], 300, 1000, 0, 0)
+    assert abs(draw.latents.mean() - 3) < 0.01 and abs(draw.latents.std() - 0.5) < 0.01
+    assert abs(torch.corrcoef(torch.stack([draw.latents.flatten(), draw.noise.flatten()]))[0, 1]) < 0.05
+
+
+# ------------------------------------------------------------------------------------ pictures for people
+
+
+def test_grid_goes_row_by_row():
+    images = [Image.new("RGB", (200, 130), (i, 0, 0)) for i in (10, 20, 30)]
+    sheet = grid(images, 2)
+    assert sheet.size == (400, 260)
+    assert [sheet.getpixel(xy)[0] for xy in [(50, 50), (250, 50), (50, 200), (250, 200)]] == [10, 20, 30, 255]
+
+
+def test_small_pictures_are_enlarged_in_a_grid():
+    assert grid([picture(16, 20)] * 2, 2).size == (256, 160)
+
+
+def test_png_carries_its_text(tmp_path):
+    text = describe("a dög, 犬", "blurry", Steps=3, Seed=1)
+    assert text == "a dög, 犬\nNegative prompt: blurry\nSteps: 3, Seed: 1"
+    assert describe("a dog", "", Steps=3) == "a dog\nSteps: 3"
+    save_png(picture(), tmp_path / "new" / "a.png", text)
+    assert Image.open(tmp_path / "new" / "a.png").text == {"parameters": text}

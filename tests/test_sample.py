@@ -1,0 +1,237 @@
+"""sample.py: the pictures, where they go, what they say of themselves, and what it answers to bad input."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import difference, edit_json
+from PIL import Image
+from processes import ROOT
+
+import sample
+import tinydb
+from tinydb.pictures import grid
+
+
+@pytest.fixture
+def draw(nano, tmp_path):
+    """sample.py in this process, in folder tmp_path: draw(prompt, **settings) -> the pictures it wrote, by path."""
+    def run(prompt: str, **settings) -> dict[str, Image.Image]:
+        given = {"weights": str(nano), "out": str(tmp_path / "out"), "device": "cpu", **settings}
+        before = set(tmp_path.rglob("*.png"))
+        sample.main(sample.Settings(prompt, **given))
+        return {str(path.relative_to(tmp_path)): Image.open(path)
+                for path in sorted(set(tmp_path.rglob("*.png")) - before)}
+    return run
+
+
+def taught(folder: Path, nano: Path, **notes) -> Path:
+    """A model folder that says it was taught a dog under the word `zwx`."""
+    shutil.copytree(nano, folder)
+    edit_json(folder / "tinydb.json", **{"identifier": "zwx", "class": "dog", **notes})
+    return folder
+
+
+# -------------------------------------------------------------------------------------- what is drawn
+
+
+def test_picture_is_the_one_that_the_model_draws(draw, nano):
+    [picture] = draw("a red cat", steps=4, guidance=3.0, seed=5, negative="the dog").values()
+    sd = tinydb.load(nano)
+    [expected] = sd.generate("a red cat", steps=4, guidance_scale=3.0, seed=5, negative="the dog")
+    assert difference([picture], [expected]) == 0
+
+
+def test_same_command_gives_the_same_picture_bit_for_bit(draw):
+    first, second = [list(draw("a dog", count=2, eta=0.5).values()) for _ in range(2)]
+    assert [image.tobytes() for image in first] == [image.tobytes() for image in second]
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"steps": 5}, {"guidance": 1.0}, {"negative": "cat"}, {"eta": 1.0}],
+                         ids=lambda change: next(iter(change)))
+def test_every_option_counts(draw, change):
+    [picture], [other] = draw("a dog").values(), draw("a dog", **change).values()
+    assert difference([picture], [other]) > 0
+
+
+def test_steps_and_guidance_are_the_recipes(draw):
+    [picture], [same] = draw("a dog").values(), draw("a dog", steps=3, guidance=2.0).values()
+    assert difference([picture], [same]) == 0
+
+
+def test_picture_i_has_seed_plus_i(draw):
+    pictures = draw("a dog", count=3, seed=7)
+    [alone] = draw("a dog", seed=9).values()
+    assert difference([pictures["out/0002-a-dog.png"]], [alone]) <= 1
+    assert difference([pictures["out/0001-a-dog.png"]], [alone]) > 4
+
+
+def test_placeholder_is_the_word_that_the_folder_was_taught(draw, nano, tmp_path):
+    weights = str(taught(tmp_path / "taught", nano))
+    [picture], [same], [other] = [draw(prompt, weights=weights).values()
+                                  for prompt in ("[V] dog", "zwx dog", "ohwx dog")]
+    assert difference([picture], [same]) == 0 < difference([picture], [other])
+
+
+def test_placeholder_is_the_default_word_where_nothing_was_taught(draw):
+    [picture], [same] = draw("[V] dog").values(), draw("ohwx dog").values()
+    assert difference([picture], [same]) == 0
+
+
+@pytest.mark.parametrize("size, expected", [(None, (16, 16)), ("24x16", (24, 16)), ("16x32", (16, 32))])
+def test_size_is_width_times_height(draw, size, expected):
+    assert [image.size for image in draw("a dog", size=size).values()] == [expected]
+
+
+# ----------------------------------------------------------------------------------- where it is written
+
+
+def test_folder_is_numbered_on(draw):
+    """Nothing is overwritten, and the file is named after the prompt."""
+    assert list(draw("[V] dog, on the moon!", count=2)) == [
+        "out/0000-V-dog-on-the-moon-grid.png", "out/0000-V-dog-on-the-moon.png", "out/0001-V-dog-on-the-moon.png"]
+    assert list(draw("a cat")) == ["out/0002-a-cat.png"]
+    assert list(draw("x" * 200)) == [f"out/0003-{'x' * 60}.png"]
+
+
+def test_out_may_name_the_picture(draw, tmp_path):
+    assert list(draw("a cat", out=str(tmp_path / "new" / "cat.png"))) == ["new/cat.png"]
+
+
+def test_out_that_names_a_picture_names_the_grid_of_several(draw, tmp_path):
+    pictures = draw("a cat", out=str(tmp_path / "cat.png"), count=2)
+    assert list(pictures) == ["cat-0.png", "cat-1.png", "cat.png"]
+    first, second, sheet = pictures.values()
+    assert difference([sheet], [grid([first, second], 2)]) == 0
+
+
+def test_grid_is_four_wide(draw):
+    sheet = next(image for path, image in draw("a dog", count=5).items() if "grid" in path)
+    assert sheet.size == (4 * 128, 2 * 128)
+
+
+def test_paths_are_printed(draw, capsys, tmp_path):
+    pictures = draw("a dog", count=2)
+    assert sorted(capsys.readouterr().out.split()) == sorted(str(tmp_path / path) for path in pictures)
+
+
+def test_picture_says_how_it_was_made(draw, nano, tmp_path):
+    weights = str(taught(tmp_path / "taught", nano))
+    pictures = list(draw("[V] dog", weights=weights, count=2, seed=3, negative="blurry", size="24x16").values())
+    assert pictures[2].text["parameters"] == (
+        "[V] dog\nNegative prompt: blurry\n"
+        f"Steps: 3, Sampler: DDIM, CFG scale: 2.0, Seed: 4, Size: 24x16, Model: {weights}")
+    assert "2 pictures of: [V] dog" in pictures[0].text["parameters"]
+
+
+def test_picture_tells_its_eta(draw):
+    [picture] = draw("a dog", eta=0.5, guidance=1.5, steps=2).values()
+    assert "Steps: 2, Sampler: DDIM, CFG scale: 1.5, Seed: 0" in picture.text["parameters"]
+    assert "Eta: 0.5" in picture.text["parameters"]
+
+
+# -------------------------------------------------------------------------------------- which model
+
+
+def test_newest_finished_run_is_sampled(nano, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(["b", "c", "a"]):
+        folder = taught(Path("runs") / name / "model", nano)
+        os.utime(folder / "model_index.json", (10**9, 10**9 + i))
+    (tmp_path / "runs" / "unfinished" / "checkpoints").mkdir(parents=True)
+    assert sample.newest_model() == Path("runs/a/model")
+
+
+def test_the_embedded_model_is_sampled_where_nothing_was_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sample.newest_model() == ROOT / "weights" / "tiny"
+
+
+def test_says_which_model_and_what_it_was_taught(draw, nano, tmp_path, capsys):
+    weights = str(taught(tmp_path / "taught", nano))
+    draw("[V] dog", weights=weights)
+    first = capsys.readouterr().err.split("\n")[0]
+    assert weights in first and "[V] is a dog" in first
+
+
+# ---------------------------------------------------------------------------------------- warnings
+
+
+def test_warns_where_no_subject_was_taught(draw, nano, capsys):
+    draw("[V] dog")
+    assert f"{nano} does not know what [V] is" in capsys.readouterr().err
+    draw("a dog")
+    assert "does not know" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["prompt", "negative"])
+def test_warns_of_what_the_text_encoder_will_not_see(draw, capsys, option):
+    words = {"prompt": "a dog", option: "dog " * 75 + "in the garden"}
+    assert len(draw(words.pop("prompt"), **words)) == 1
+    error = capsys.readouterr().err
+    assert "too long" in error and "'in the garden'" in error
+
+
+def test_no_warning_for_a_prompt_that_just_fits(draw, capsys):
+    draw("dog " * 75)
+    assert "too long" not in capsys.readouterr().err
+
+
+def test_warns_of_what_is_lost_once_the_placeholder_is_spelled_out(draw, nano, tmp_path, capsys):
+    """A long word for [V] takes the place of the prompt's end."""
+    weights = str(taught(tmp_path / "taught", nano, identifier="zzzzzzzzz"))
+    draw("[V] " + "dog " * 70, weights=weights)
+    assert "'dog dog dog dog'" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["-n", "0"], ["-n 0", "1 or more"]), (["-n", "-1"], ["-n -1"]), (["-n", "two"], ["-n", "two"]),
+    (["--steps", "0"], ["steps 0", "1 to 999"]), (["--steps", "1000"], ["steps 1000", "1 to 999"]),
+    (["--steps", "-2"], ["steps -2"]), (["--steps", "2.5"], ["--steps", "2.5"]),
+    (["--guidance", "high"], ["--guidance", "high"]), (["--guidance", "nan"], ["--guidance nan"]),
+    (["--seed", "-1"], ["--seed -1", "0 or more"]), (["--seed", "18446744073709551616"], ["--seed", "1844674"]),
+    (["--eta", "1.5"], ["--eta 1.5", "0 (DDIM) to 1"]), (["--eta", "nan"], ["--eta nan"]),
+    (["--size", "16"], ["--size 16", "WIDTHxHEIGHT"]), (["--size", "axb"], ["--size axb"]),
+    (["--size", "15x16"], ["15x16", "multiples of 2"]), (["--size", "0x16"], ["0x16"]),
+    (["--weights", "nowhere"], ["nowhere: no such folder"]), (["--weights", "."], ["model_index.json"]),
+    (["--device", "tpu9"], ["tpu9", "--device cpu"]), (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
+    (["--out", "file"], ["file", "folder"]), (["--out", "file/in"], ["file"]), (["--out", "file/in.png"], ["file"]),
+    (["--out", "folder.png"], ["folder.png"]),
+    (["--stesp", "3"], ["--stesp"]), (["--see", "3"], ["--see"]), (["too", "many"], ["many"]),
+], ids=lambda value: "=".join(value) if value[0].startswith("--") or value[0] == "-n" else "")
+def test_bad_option_gets_one_line(command, nano, tmp_path, arguments, words):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    weights = [] if "--weights" in arguments else ["--weights", str(nano)]
+    code, out, error = command("sample.py", "a dog", *weights, *arguments)
+    last = error.strip().split("\n")[-1]
+    assert code == 2 and out == "" and "Traceback" not in error and "usage" not in error
+    assert last.startswith("sample.py: ") and [word for word in words if word not in last] == [], last
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_prompt_is_needed(command):
+    code, _, error = command("sample.py")
+    assert code == 2 and error == "sample.py: the following arguments are required: prompt\n"
+
+
+def test_help_tells_the_defaults(command):
+    code, out, _ = command("sample.py", "--help")
+    assert code == 0 and "default: samples" in out and "--guidance" in out
+
+
+def test_from_another_folder_as_a_process(nano, tmp_path):
+    """Once as a user runs it: pictures and their paths, progress on stderr only; then one line and exit code 2."""
+    call = [sys.executable, str(ROOT / "sample.py"), "[V] dog", "--weights", str(nano), "--device", "cpu"]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "samples/0000-V-dog.png\n")
+    assert "drawing" in done.stderr
+    failed = subprocess.run([*call, "--steps", "0"], cwd=tmp_path, capture_output=True, text=True)
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr and len(os.listdir(tmp_path / "samples")) == 1

@@ -1,0 +1,692 @@
+"""train.py in one process: its loss, what a run leaves behind, class images, configuration, and bad input."""
+
+import json
+import re
+import shutil
+import sys
+import types
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import KINDS, Pair, difference, files
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from PIL import Image
+from processes import arguments, raise_out_of_memory, start
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import tinydb
+import train
+from convert_weights import SD1
+from tinydb.config import InputError
+from tinydb.data import Draw, Latents, draw_step, fit, open_picture, read_pictures
+from tinydb.layers import ResnetBlock2D
+from tinydb.pictures import grid
+from train import DreamBoothLoss, Settings, class_images_key
+
+PROMPTS = ["a photo of ohwx dog", "a photo of a dog"]
+UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
+
+
+def refusal(teach, out: Path, **settings) -> str:
+    """The one line that a run ends with."""
+    with pytest.raises(InputError) as caught:
+        teach(out, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def size(tensors: list[Tensor]) -> float:
+    """The norm of all tensors together."""
+    return sum(tensor.square().sum().item() for tensor in tensors) ** 0.5
+
+
+def distance(tensors: list[Tensor], others: list[Tensor]) -> float:
+    """How far two lists of tensors are apart, relative to the second."""
+    return size([a - b for a, b in zip(tensors, others, strict=True)]) / size(others)
+
+
+@pytest.fixture
+def gradients(teach, monkeypatch, tmp_path):
+    """gradients(**settings) -> what each step of a run hands to the clipping, a list of tensors for each step."""
+    def run(**settings) -> list[list[Tensor]]:
+        steps = []
+
+        def spy(parameters: list[nn.Parameter], limit: float) -> Tensor:
+            steps.append([parameter.grad.clone() for parameter in parameters])
+            return clip(parameters, limit)
+
+        clip = nn.utils.clip_grad_norm_
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.utils, "clip_grad_norm_", spy)
+            teach(tmp_path / f"run{len(list(tmp_path.iterdir()))}", save_every=0, **settings)
+        return steps
+    return run
+
+
+# -------------------------------------------------------------------------------------------- the loss
+
+
+def dreambooth_loss(pair: Pair, draw: Draw, prompts: list[str], weights: list[float]) -> tuple[list, Tensor]:
+    """What diffusers' examples/dreambooth/train_dreambooth.py computes of a draw: the loss of each set of pictures,
+    and their weighted sum."""
+    reference, losses = pair.reference, []
+    scheduler = DDPMScheduler.from_config(reference.scheduler.config)
+    for prompt, latents, noise, timesteps in zip(prompts, draw.latents, draw.noise, draw.timesteps, strict=True):
+        ids = reference.tokenizer([prompt] * len(latents), truncation=True, padding="max_length", max_length=77,
+                                  return_tensors="pt").input_ids
+        prediction = reference.unet(scheduler.add_noise(latents, noise, timesteps), timesteps,
+                                    reference.text_encoder(ids)[0]).sample
+        epsilon = scheduler.config.prediction_type == "epsilon"
+        target = noise if epsilon else scheduler.get_velocity(latents, noise, timesteps)
+        losses.append(F.mse_loss(prediction.float(), target.float()))
+    return losses, sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+
+
+def reference_gradients(pair: Pair, loss: Tensor) -> list[Tensor]:
+    """By the names of our model's parameters, in their order."""
+    named = {f"unet.{name}": parameter for name, parameter in pair.reference.unet.named_parameters()}
+    named |= {f"text_encoder.{name if name.startswith('text_model.') else f'text_model.{name}'}": parameter
+              for name, parameter in pair.reference.text_encoder.named_parameters()}
+    gradient = dict(zip(named, torch.autograd.grad(loss, list(named.values()))))
+    ours = DreamBoothLoss(tinydb.load(pair.folder), PROMPTS, freeze_text=False)
+    return [gradient[name] for name, _ in ours.named_parameters()]
+
+
+def random_sets(pair: Pair) -> list[Latents]:
+    """Latents of three instance and four class pictures that never were."""
+    generator = torch.Generator().manual_seed(0)
+    return [Latents(torch.randn(count, pair.config.unet.in_channels, 8, 8, generator=generator),
+                    torch.full((count, 1, 1, 1), 0.1)) for count in (3, 4)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients_are_those_of_diffusers_train_dreambooth(pairs, kind):
+    """Noise is predicted in two kinds, and v in the third."""
+    pair = pairs(kind)
+    draw = draw_step(random_sets(pair), 2, 1000, seed=0, step=0)
+    expected, total = dreambooth_loss(pair, draw, PROMPTS, [1, 0.7])
+    model = DreamBoothLoss(tinydb.load(pair.folder), PROMPTS, freeze_text=False)
+    losses = model(*(t.flatten(0, 1) for t in (draw.latents, draw.noise, draw.timesteps)))
+    torch.testing.assert_close(losses, torch.stack(expected), rtol=1e-5, atol=0)
+    (losses * torch.tensor([1, 0.7])).sum().backward()
+    assert distance([p.grad for p in model.parameters()], reference_gradients(pair, total)) < 1e-5
+
+
+@pytest.mark.parametrize("prior_weight", [0.0, 0.7])
+def test_first_step_is_that_of_train_dreambooth(gradients, pairs, photos, tmp_path, prior_weight):
+    """The whole way from files to gradients. Prior weight 0 is plain fine-tuning on the instance pictures."""
+    [ours] = gradients(batch=3, steps=1, prior_weight=prior_weight)
+    pair = pairs("nano")
+    pictures = [list(read_pictures(photos)[0].values())]
+    if prior_weight > 0:
+        pictures.append(list(map(open_picture, sorted(tmp_path.glob("*/class_images/*/*.png")))))
+        assert len(pictures[1]) == 5
+    sets = [Latents.of([fit(image, 16) for image in images], pair.sd.vae, torch.device("cpu")) for images in pictures]
+    draw = draw_step(sets, 3, 1000, seed=0, step=0)
+    _, loss = dreambooth_loss(pair, draw, PROMPTS[:len(sets)], [1, prior_weight][:len(sets)])
+    assert distance(ours, reference_gradients(pair, loss)) < 1e-5
+
+
+def test_prior_weight_0_needs_no_class_pictures(teach, tmp_path):
+    out = teach(tmp_path / "out", prior_weight=0.0, steps=1)
+    assert not (out / "class_images").exists()
+    assert "instance_loss" in metrics(out)[0] and "prior_loss" not in metrics(out)[0]
+
+
+def test_prior_gradient_scales_with_its_weight(gradients):
+    [one], [two], [four] = [gradients(prior_weight=weight, steps=1) for weight in (1.0, 2.0, 4.0)]
+    prior = [b - a for a, b in zip(one, two)]
+    assert size(prior) > 0.1 * size(one)
+    assert distance([b - a for a, b in zip(two, four)], [2 * gradient for gradient in prior]) < 1e-5
+
+
+def test_two_micro_steps_are_one_step_of_twice_the_batch(gradients):
+    [whole], [halves] = gradients(batch=4, steps=1), gradients(batch=2, accumulate=2, steps=1)
+    assert distance(halves, whole) < 1e-5
+    [half] = gradients(batch=2, steps=1)
+    assert distance(half, whole) > 0.1
+
+
+def test_checkpointing_recomputes_and_changes_no_gradient(gradients, pairs, monkeypatch):
+    calls = []
+    forward = ResnetBlock2D.forward
+    monkeypatch.setattr(ResnetBlock2D, "forward", lambda self, *inputs: calls.append(self) or forward(self, *inputs))
+    [plain], plain_calls = gradients(steps=1), len(calls)
+    calls.clear()
+    [recomputed] = gradients(steps=1, checkpointing=True)
+    blocks = sum(isinstance(module, ResnetBlock2D) for module in pairs("nano").sd.unet.modules())
+    assert len(calls) - plain_calls == blocks
+    assert distance(recomputed, plain) < 1e-6
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_frozen_text_encoder_stays_as_it_is(teach, nano, tmp_path, freeze):
+    model = teach(tmp_path / "out", freeze_text=freeze, steps=1) / "model"
+    same = {part: all(map(torch.equal, load_file(model / part).values(), load_file(nano / part).values()))
+            for part in (UNET, TEXT)}
+    assert same == {UNET: False, TEXT: freeze}
+
+
+# ---------------------------------------------------------------------------------------------- a run
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory, nano, photos) -> Path:
+    """The OUT of one ordinary run with previews, to look at."""
+    out = tmp_path_factory.mktemp("taught") / "out"
+    done = start(out.parent / "log", "train.py", "--sample-every=2", "--save-every=2", "--batch=3", *arguments(
+        images=photos, class_noun="dog", weights=nano, out=out, device="cpu", steps=5))
+    assert done.wait() == 0, done.stderr
+    return out
+
+
+def test_what_a_run_writes(taught, nano):
+    assert sorted(path.name for path in taught.iterdir()) == [
+        "checkpoints", "class_images", "config.json", "inputs.png", "metrics.jsonl", "model", "samples"]
+    assert sorted(path.name for path in (taught / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
+    assert sorted(path.name for path in (taught / "samples").iterdir()) == ["step-000002.png", "step-000004.png"]
+    assert {path.suffix for path in taught.rglob("*") if path.is_file()} == {
+        ".png", ".json", ".jsonl", ".txt", ".safetensors"}  # no pickles
+
+
+def test_loss_falls(teach, tmp_path):
+    out = teach(tmp_path / "out", steps=60, save_every=20)
+    losses = [line["validation_loss"] for line in metrics(out) if "validation_loss" in line]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
+    assert sum(line["instance_loss"] for line in metrics(out)[-10:]) < (
+        0.9 * sum(line["instance_loss"] for line in metrics(out)[:10]))
+
+
+def test_same_seed_gives_identical_bytes_wherever(teach, tmp_path):
+    """No time and no path gets into the files."""
+    first, second, other = [teach(tmp_path / name / "out", seed=seed, save_every=2)
+                            for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    for folder in ("model", "checkpoints", "class_images"):
+        assert files(first / folder) == files(second / folder)
+    assert files(first / "model")[UNET] != files(other / "model")[UNET]
+
+
+def test_model_opens_in_diffusers_and_draws_the_same_picture(taught):
+    pipeline = StableDiffusionPipeline.from_pretrained(taught / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    settings = {"num_inference_steps": 5, "guidance_scale": 3.0, "latents": latents}
+    expected = pipeline("a photo of ohwx dog", **settings).images
+    sd = tinydb.load(taught / "model")
+    assert difference(sd.generate("a photo of [V] dog", steps=5, guidance_scale=3.0, latents=latents), expected) <= 2
+
+
+def test_model_notes_what_it_was_taught(teach, nano, tmp_path):
+    info = tinydb.load(teach(tmp_path / "out", identifier="zwx", class_noun="red cat", steps=1) / "model").info
+    assert (info.identifier, info.class_noun, info.step) == ("zwx", "red cat", 1)
+    assert info.recipe == tinydb.load(nano).info.recipe
+
+
+def test_checkpoint_is_a_model_folder(taught):
+    """To sample from as it is: the last one holds what the result holds."""
+    model, checkpoint = files(taught / "model"), files(taught / "checkpoints" / "step-000005")
+    assert {name: checkpoint.get(name) for name in model} == model
+    assert checkpoint.keys() - model.keys() == {"state.json", "state.safetensors"}
+    assert tinydb.load(taught / "checkpoints" / "step-000004").info.step == 4
+
+
+def test_inputs_show_what_the_model_sees(taught, photos):
+    images = [fit(image, 16) for image in read_pictures(photos)[0].values()]
+    assert difference([Image.open(taught / "inputs.png")], [grid(images, 3)]) == 0
+
+
+def test_config_tells_everything_that_ran(taught, photos, nano):
+    config = json.loads((taught / "config.json").read_text())
+    assert config.pop("run").keys() >= {"world", "pictures"}
+    assert config == asdict(Settings(
+        images=str(photos), class_noun="dog", weights=str(nano), out=str(taught), steps=5, batch=3, lr=1e-3,
+        class_images=5, save_every=2, sample_every=2, device="cpu"))
+
+
+def test_ends_with_the_command_to_try(teach, tmp_path, capsys):
+    out = teach(tmp_path / "out", steps=1)
+    assert f'python sample.py "[V] dog on the moon" -n 4 --weights {out / "model"}' in capsys.readouterr().out
+
+
+def test_out_is_named_after_the_pictures(one_thread, nano, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(photos, tmp_path / "rex"))
+    train.main(Settings(images=".", class_noun="dog", weights=str(nano), steps=1, save_every=0))
+    assert (tmp_path / "rex" / "runs" / "rex" / "model").is_dir()
+
+
+def test_metrics_hold_every_step(taught):
+    lines = metrics(taught)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert all(line["lr"] == 1e-3 and line["instance_loss"] > 0 and line["prior_loss"] > 0 for line in lines)
+    assert [line["step"] for line in lines if "validation_loss" in line] == [2, 4, 5]
+
+
+def test_weight_change_is_the_distance_to_the_base(taught, nano):
+    for part, file in (("unet", UNET), ("text_encoder", TEXT)):
+        before, after = load_file(nano / file), load_file(taught / "model" / file)
+        before = {name if name in after else f"text_model.{name}": tensor for name, tensor in before.items()}
+        names = [name for name in after if name in before]
+        expected = distance([after[name] for name in names], [before[name] for name in names])
+        assert metrics(taught)[-1][f"{part}_change"] == pytest.approx(expected, rel=1e-4) and expected > 1e-4
+
+
+def test_validation_loss_has_the_same_noise_at_every_step(teach, tmp_path):
+    """With a learning rate that moves nothing, the training loss moves on and the validation loss stays."""
+    lines = metrics(teach(tmp_path / "out", lr=1e-20, save_every=1))
+    assert len({line["instance_loss"] for line in lines}) == 4
+    assert len({line["validation_loss"] for line in lines}) == 1
+
+
+def test_best_step_is_kept_and_named(teach, tmp_path, monkeypatch, capsys):
+    losses = iter([3.0, 1.0, 2.0, 2.5, 1.5])
+    monkeypatch.setattr(train, "validate", lambda *_: {"validation_loss": next(losses)})
+    out = teach(tmp_path / "out", steps=5, save_every=1, keep=1)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-000002", "step-000005"]
+    printed = capsys.readouterr().out
+    assert "lowest at step 2" in printed and str(out / "checkpoints" / "step-000002") in printed
+
+
+def test_no_best_step_is_named_where_it_is_the_last(teach, tmp_path, monkeypatch, capsys):
+    losses = iter([3.0, 2.0, 1.0])
+    monkeypatch.setattr(train, "validate", lambda *_: {"validation_loss": next(losses)})
+    out = teach(tmp_path / "out", steps=3, save_every=1, keep=2)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+    assert "lowest" not in capsys.readouterr().out
+
+
+def test_save_every_0_writes_the_result_alone(teach, tmp_path):
+    out = teach(tmp_path / "out", save_every=0)
+    assert (out / "model").is_dir() and not (out / "checkpoints").exists()
+
+
+def test_previews_do_not_change_the_training(teach, tmp_path):
+    plain, watched = teach(tmp_path / "plain"), teach(tmp_path / "watched", sample_every=1)
+    assert files(plain / "model") == files(watched / "model")
+    assert len(list((watched / "samples").iterdir())) == 4
+
+
+def test_previews_have_the_same_noise_at_every_step(teach, tmp_path):
+    out = teach(tmp_path / "out", lr=1e-20, steps=2, sample_every=1)
+    first, second = [(out / "samples" / f"step-00000{i}.png").read_bytes() for i in (1, 2)]
+    assert first == second
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(28, "No space left"),
+                                   OSError()], ids=["memory", "disk", "silent"])
+def test_preview_that_fails_does_not_end_the_run(teach, tmp_path, monkeypatch, capsys, error):
+    def generate(self, prompts, **options):
+        if len(set(prompts)) > 1:
+            raise error
+        return original(self, prompts, **options)
+
+    original = tinydb.StableDiffusion.generate
+    monkeypatch.setattr(tinydb.StableDiffusion, "generate", generate)
+    assert (teach(tmp_path / "out", steps=2, sample_every=1) / "model").is_dir()
+    assert "no preview" in capsys.readouterr().err
+
+
+def test_bf16_trains_fp32_weights(teach, tmp_path):
+    """On the CPU too; the loss falls as it does in fp32, by another path."""
+    low, full = [teach(tmp_path / precision, precision=precision, steps=40, save_every=20)
+                 for precision in ("bf16", "fp32")]
+    losses = [line["validation_loss"] for line in metrics(low) if "validation_loss" in line]
+    expected = [line["validation_loss"] for line in metrics(full) if "validation_loss" in line]
+    assert losses[1] < 0.95 * losses[0] and losses == pytest.approx(expected, rel=0.05) and losses != expected
+    assert {tensor.dtype for tensor in load_file(low / "model" / UNET).values()} == {torch.float32}
+
+
+def test_loss_that_is_not_finite_stops_before_anything_is_saved(teach, tmp_path):
+    out = tmp_path / "out"
+    text = refusal(teach, out, lr=1e30, save_every=5, steps=5)
+    assert "step 2" in text and "nan" in text and "--lr" in text and "--precision fp32" in text
+    assert not (out / "model").exists() and not (out / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("steps, save_every", [(5, 1), (1, 0)])
+def test_poisoned_weights_are_not_saved(teach, tmp_path, steps, save_every):
+    """The loss of the first step is finite, the weights after it are not worth a file."""
+    out = tmp_path / "out"
+    assert "--lr" in refusal(teach, out, lr=1e30, steps=steps, save_every=save_every)
+    assert not (out / "model").exists() and not (out / "checkpoints").exists()
+
+
+def test_out_of_memory_is_answered_with_what_to_try(nano, photos, tmp_path):
+    run = start(tmp_path, "train.py", *arguments(images=photos, class_noun="dog", weights=nano, out=tmp_path / "out"),
+                prepare=raise_out_of_memory)
+    assert run.wait() == 1
+    last = run.message.split("\n")[-1]
+    assert "Traceback" not in run.stderr and "out of memory (CUDA out of memory. Tried to allocate 2 GiB)" in last
+    assert all(flag in last for flag in ("--checkpointing", "--batch 1", "--freeze-text", "--precision bf16"))
+
+
+def test_too_little_disk_is_noticed_before_anything_is_written(teach, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10_000))
+    assert "free" in refusal(teach, tmp_path / "out") and not (tmp_path / "out").exists()
+
+
+def test_memory_plan_of_stable_diffusion(pairs):
+    """860 million weights in the UNet and 123 in the text encoder, 4 bytes each."""
+    with torch.device("meta"):
+        parts = {"unet": tinydb.pipeline.UNet2DConditionModel(SD1.unet),
+                 "text_encoder": tinydb.pipeline.CLIPTextModel(SD1.text_encoder)}
+    sd = types.SimpleNamespace(**parts, tokenizer=types.SimpleNamespace(max_length=77))
+    settings = Settings(batch=1)
+    plan = train.memory_plan(sd, settings, torch.float32)
+    assert "weights 3.93, gradients 3.93, optimizer 7.86" in plan
+    frozen = train.memory_plan(sd, Settings(batch=1, freeze_text=True), torch.bfloat16)
+    assert "weights 3.93, gradients 3.44, optimizer 6.88" in frozen
+    full, half = [float(re.search(r"activations ([\d.]+)", text)[1]) for text in (plan, frozen)]
+    assert 1 < half < 0.7 * full
+
+
+def test_says_what_it_skipped_and_enlarged(teach, photos, tmp_path, capsys):
+    folder = Path(shutil.copytree(photos, tmp_path / "photos"))
+    (folder / "notes.txt").write_text("not a picture")
+    Image.open(folder / "0.png").resize((8, 6)).save(folder / "thumbnail.png")
+    teach(tmp_path / "out", images=str(folder), steps=1)
+    error = capsys.readouterr().err
+    assert "skipped notes.txt: not a picture" in error
+    assert "thumbnail.png is only 8x6" in error and "0.png is only" not in error
+
+
+# ---------------------------------------------------------------------------------------- watching it
+
+
+def stub_tensorboard(calls: list) -> dict[str, types.ModuleType]:
+    class SummaryWriter:
+        def __init__(self, folder: Path):
+            calls.append(("start", folder))
+
+        def add_scalar(self, name: str, value: float, step: int):
+            calls.append((name, value, step))
+
+    return {"torch.utils.tensorboard": types.SimpleNamespace(SummaryWriter=SummaryWriter)}
+
+
+def stub_wandb(calls: list) -> dict[str, types.ModuleType]:
+    def init(**settings):
+        calls.append(("start", settings["dir"]))
+        return types.SimpleNamespace(log=lambda values, step: calls.extend(
+            (name, value, step) for name, value in values.items()))
+
+    return {"wandb": types.SimpleNamespace(init=init)}
+
+
+@pytest.mark.parametrize("name, stub", [("tensorboard", stub_tensorboard), ("wandb", stub_wandb)])
+def test_tracker_gets_what_metrics_hold(teach, tmp_path, monkeypatch, name, stub):
+    calls = []
+    for module, content in stub(calls).items():
+        monkeypatch.setitem(sys.modules, module, content)
+    out = teach(tmp_path / "out", log=name, steps=2)
+    assert calls[0][0] == "start" and out in (calls[0][1], calls[0][1].parent)
+    expected = [(key, value, line["step"]) for line in metrics(out) for key, value in line.items() if key != "step"]
+    assert calls[1:] == expected
+
+
+@pytest.mark.parametrize("name, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
+def test_tracker_that_is_not_installed(teach, tmp_path, monkeypatch, name, module):
+    """It is noticed before minutes went into class images."""
+    monkeypatch.setitem(sys.modules, module, None)
+    out = tmp_path / "out"
+    assert f"pip install {name}" in refusal(teach, out, log=name)
+    assert not (out / "class_images").exists()
+
+
+# --------------------------------------------------------------------------------------- class images
+
+
+def class_images(parent: Path) -> dict[str, bytes]:
+    """The files below the one folder <key>/ in `parent`."""
+    [folder] = [path for path in parent.iterdir() if path.is_dir()]
+    return files(folder)
+
+
+def drawings(monkeypatch) -> list[list[str]]:
+    """The prompts of every call of `generate` from now on."""
+    calls, original = [], tinydb.StableDiffusion.generate
+    monkeypatch.setattr(tinydb.StableDiffusion, "generate", lambda self, prompts, **options: (
+        calls.append(prompts) or original(self, prompts, **options)))
+    return calls
+
+
+@pytest.mark.parametrize("noun, prompt", [("dog", "a photo of a dog"), ("Owl", "a photo of an Owl")])
+def test_class_images_are_what_the_model_draws_of_the_class(teach, nano, tmp_path, noun, prompt):
+    """Picture i from seed + i."""
+    out = teach(tmp_path / "out", class_noun=noun, class_images=10, seed=7, steps=1)
+    [folder] = (out / "class_images").iterdir()
+    images = [Image.open(path) for path in sorted(folder.iterdir())]
+    assert len(images) == 10
+    sd = tinydb.load(nano)
+    assert difference(images, sd.generate([prompt] * 10, steps=2, guidance_scale=2.0, seed=7)) <= 1
+    assert images[9].text["parameters"] == f"{prompt}\nSteps: 2, Seed: 16, CFG scale: 2.0"
+
+
+def test_class_images_of_an_earlier_run_are_used_as_they_are(teach, tmp_path, monkeypatch):
+    first = teach(tmp_path / "first", steps=2)
+    calls, before = drawings(monkeypatch), files(first)
+    second = teach(tmp_path / "second", class_dir=str(first / "class_images"), steps=2)
+    assert calls == [] and files(first) == before and not (second / "class_images").exists()
+    assert files(second / "model") == files(first / "model")
+
+
+@pytest.mark.parametrize("change", [{"class_noun": "cat"}, {"seed": 3}], ids=["class", "seed"])
+def test_class_images_of_another_run_are_not_taken_for_these(teach, tmp_path, monkeypatch, change):
+    first = teach(tmp_path / "first", steps=1)
+    calls, before = drawings(monkeypatch), files(first)
+    teach(tmp_path / "second", class_dir=str(first / "class_images"), steps=1, **change)
+    assert len(calls) == 1 and len(list((first / "class_images").iterdir())) == 2
+    assert {name: content for name, content in files(first).items() if name in before} == before
+
+
+def test_key_of_class_images(nano, tmp_path):
+    """It tells model, prompt, size, steps, guidance and seed, and nothing else."""
+    def key(folder: Path, prompt: str = PROMPTS[1], seed: int = 0, **recipe: float) -> str:
+        sd = tinydb.load(folder)
+        sd.info = train.replace(sd.info, recipe=train.replace(sd.info.recipe, **recipe))
+        return class_images_key(sd, prompt, seed, folder)
+
+    copy, other, larger = [Path(shutil.copytree(nano, tmp_path / name)) for name in ("copy", "other", "larger")]
+    sd = tinydb.load(nano)
+    sd.unet.conv_in.weight.data += 1e-3
+    sd.save(other / "new")
+    config = json.loads((larger / "unet" / "config.json").read_text())
+    (larger / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": 16}))
+    assert key(copy) == key(nano) == key(nano, lr=1.0, class_images=9)
+    keys = [key(nano), key(other / "new"), key(larger), key(nano, "a photo of a cat"), key(nano, seed=1),
+            key(nano, class_steps=3), key(nano, class_guidance=1.0)]
+    assert len(set(keys)) == len(keys)
+
+
+def test_class_images_are_topped_up(teach, tmp_path, monkeypatch):
+    """Only what is missing is made, and it is what a run that makes all of them makes."""
+    few, parent = teach(tmp_path / "few", class_images=8, steps=1), tmp_path / "few" / "class_images"
+    before = class_images(parent)
+    calls = drawings(monkeypatch)
+    teach(tmp_path / "more", class_images=12, class_dir=str(parent), steps=1)
+    assert [len(prompts) for prompts in calls] == [4]
+    assert len(class_images(parent)) == 12
+    assert {name: class_images(parent)[name] for name in before} == before
+    assert class_images(parent) == class_images(teach(tmp_path / "all", class_images=12, steps=1) / "class_images")
+    assert few.is_dir()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n", None], ids=["empty", "damaged", "missing"])
+def test_class_image_that_is_no_picture_is_made_again(teach, tmp_path, content):
+    first = teach(tmp_path / "first", steps=1)
+    [folder] = (first / "class_images").iterdir()
+    before = files(folder)
+    (folder / "00001.png").unlink() if content is None else (folder / "00001.png").write_bytes(content)
+    teach(tmp_path / "second", class_dir=str(first / "class_images"), steps=1)
+    assert files(folder) == before
+
+
+def own_pictures(folder: Path, count: int) -> Path:
+    """A folder of class pictures that somebody took, and junk."""
+    folder.mkdir()
+    for i in range(count):
+        Image.radial_gradient("L").rotate(40 * i).convert("RGB").save(folder / f"mine{i}.jpg")
+    (folder / ".DS_Store").touch()
+    (folder / "Thumbs.db").touch()
+    (folder / "notes.txt").write_text("dogs of friends")
+    return folder
+
+
+def test_own_class_pictures_come_first_and_missing_ones_are_added(teach, tmp_path):
+    folder = own_pictures(tmp_path / "dogs", 2)
+    before = files(folder)
+    out = teach(tmp_path / "out", class_dir=str(folder), steps=1)
+    assert len(class_images(folder)) == 3  # of the recipe's 5; junk is not counted
+    assert {name: files(folder)[name] for name in before} == before
+    assert not (out / "class_images").exists()
+
+
+def test_enough_own_class_pictures_need_no_model(gradients, tmp_path, monkeypatch):
+    """And only as many as asked for are used."""
+    folder, calls = own_pictures(tmp_path / "dogs", 4), drawings(monkeypatch)
+    [three] = gradients(class_dir=str(folder), class_images=3, steps=1)
+    (folder / "mine3.jpg").unlink()
+    [same] = gradients(class_dir=str(folder), class_images=3, steps=1)
+    assert calls == [] and distance(same, three) == 0
+
+
+def test_class_dir_that_is_none(teach, tmp_path):
+    assert "nowhere: no such folder" in refusal(teach, tmp_path / "out", class_dir=str(tmp_path / "nowhere"))
+
+
+def flat_at_first(monkeypatch, attempts: int) -> None:
+    """Have the model draw picture 1 of each group in one colour so many times."""
+    left, original = [attempts], tinydb.StableDiffusion.generate
+
+    def generate(self, prompts, **options):
+        images = original(self, prompts, **options)
+        left[0] -= 1
+        return images if left[0] < 0 else [images[0], Image.new("RGB", images[0].size, (5, 4, 9)), *images[2:]]
+
+    monkeypatch.setattr(tinydb.StableDiffusion, "generate", generate)
+
+
+def test_class_image_of_one_colour_is_drawn_again(teach, tmp_path, monkeypatch):
+    """From another seed; the others stay."""
+    flat_at_first(monkeypatch, 2)
+    out = teach(tmp_path / "out", steps=1)
+    images = [Image.open(path) for path in sorted((out / "class_images").rglob("*.png"))]
+    seeds = [int(re.search(r"Seed: (\d+)", image.text["parameters"])[1]) for image in images]
+    assert seeds == [0, 1 + 2 * 2**32, 2, 3, 4]
+    assert all(image.convert("L").getextrema() != (5, 5) for image in images)
+
+
+def test_model_that_draws_one_colour_only(teach, tmp_path, monkeypatch):
+    flat_at_first(monkeypatch, 1000)
+    assert "--class-dir" in refusal(teach, tmp_path / "out") and not (tmp_path / "out" / "model").exists()
+
+
+# ---------------------------------------------------------------------------------- configuration files
+
+
+def write_config(path: Path, **entries: object) -> str:
+    """JSON, or TOML, of options."""
+    lines = [f"{key} = {json.dumps(value)}" for key, value in entries.items()]
+    path.write_text(json.dumps(entries) if path.suffix == ".json" else "\n".join(lines))
+    return f"--config={path}"
+
+
+def config_of(out: Path) -> dict:
+    return json.loads((out / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.toml"])
+def test_config_file_gives_defaults_that_the_command_line_overrides(command, nano, photos, tmp_path, name):
+    entries = {"images": str(photos), "class": "cat", "weights": str(nano), "steps": 3, "lr": 1e-4,
+               "freeze_text": True, "checkpointing": False, "out": "out"}
+    code, _, error = command("train.py", write_config(tmp_path / name, **entries), "--steps=1", "--class=dog")
+    assert code == 0, error
+    config = config_of(tmp_path / "out")
+    assert (config["steps"], config["class_noun"]) == (1, "dog")
+    assert (config["lr"], config["freeze_text"], config["checkpointing"]) == (1e-4, True, False)
+
+
+def test_config_of_a_run_repeats_it(command, taught, tmp_path):
+    code, _, error = command("train.py", f"--config={taught}/config.json", "--out=out", "--device=cpu")
+    assert code == 0, error
+    assert files(tmp_path / "out" / "model") == files(taught / "model")
+
+
+def test_config_of_a_resumed_run_repeats_it(command, teach, tmp_path):
+    first = teach(tmp_path / "first", steps=1, save_every=1)
+    teach(first, steps=1, save_every=1, resume=True)
+    code, _, error = command("train.py", f"--config={first}/config.json", "--out=second")
+    assert code == 0, error
+    assert files(tmp_path / "second" / "model") == files(first / "model")
+
+
+@pytest.mark.parametrize("key, nearest", [("stesp", "steps"), ("learning_rate", "lr"), ("class_image", "class_images"),
+                                          ("save-evry", "save_every"), ("zzz", "")])
+def test_unknown_key_in_a_config_file_names_the_nearest(command, tmp_path, key, nearest):
+    code, _, error = command("train.py", write_config(tmp_path / "a.json", **{key: 3}))
+    assert code == 2 and error.count("\n") == 1 and repr(key) in error and nearest in error.split("nearest")[1]
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("a.json", "{", ["a.json", "JSON"]), ("a.toml", "steps = ", ["a.toml", "TOML"]), ("a.json", "[3]", ["a.json", "list"]),
+    ("a.json", '{"steps": "many"}', ["--steps", "many"]), ("a.toml", 'log = "print"', ["--log", "print", "wandb"]),
+], ids=str)
+def test_config_file_that_cannot_be_used(command, tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    code, _, error = command("train.py", f"--config={tmp_path / name}")
+    assert code == 2 and error.count("\n") == 1 and [word for word in words if word not in error] == []
+
+
+@pytest.mark.parametrize("name", ["none.json", "none.toml"])
+def test_config_file_that_is_not_there(command, name):
+    code, _, error = command("train.py", f"--config={name}")
+    assert code == 2 and error.count("\n") == 1 and name in error and "convert_weights" not in error
+
+
+# ------------------------------------------------------------------------------------------- bad input
+
+
+NUMBERS = ["steps", "batch", "accumulate", "lr", "class-images", "keep"]
+
+
+@pytest.mark.parametrize("given, words", [
+    *[({name: value}, [f"--{name}", value]) for name in NUMBERS for value in ("0", "-1", "many")],
+    *[({name: value}, [f"--{name}", value]) for name in ("prior-weight", "save-every", "sample-every", "seed")
+      for value in ("-1", "many")],
+    ({"lr": "nan"}, ["--lr nan"]), ({"lr": "inf"}, ["--lr inf"]), ({"prior-weight": "nan"}, ["--prior-weight nan"]),
+    ({"seed": "18446744073709551616"}, ["--seed"]), ({"steps": "1.5"}, ["--steps", "1.5"]),
+    ({"identifier": " "}, ["--identifier", "ohwx"]), ({"class": " "}, ["--class"]), ({"class": None}, ["--class"]),
+    ({"images": None}, ["--images"]), ({"images": "nowhere"}, ["nowhere: no such folder"]),
+    ({"images": "empty"}, ["empty", "no picture", "JPEG or PNG"]),
+    ({"images": "junk"}, ["junk", "no picture", "notes.txt: not a picture"]),
+    ({"weights": "nowhere"}, ["nowhere: no such folder"]), ({"weights": "empty"}, ["model_index.json"]),
+    ({"out": "file"}, ["file"]), ({"out": "file/in"}, ["file"]), ({"out": "junk"}, ["junk is not empty", "--resume"]),
+    ({"device": "tpu9"}, ["tpu9", "--device cpu"]), ({"precision": "fp8"}, ["--precision", "fp8", "bf16"]),
+    ({"log": "print"}, ["--log", "print", "wandb"]), ({"config": "nowhere.json"}, ["nowhere.json"]),
+    ({"resume": True}, ["--resume", "no run in out"]), ({"stesp": "3"}, ["--stesp"]), ({"step": "3"}, ["--step"]),
+    ({"class-dir": "nowhere"}, ["nowhere: no such folder"]),
+], ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "")
+def test_bad_option_gets_one_line(command, nano, photos, tmp_path, given, words):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "junk" / "notes.txt").write_text("rex")
+    before = sorted(tmp_path.rglob("*"))
+    options = {"images": photos, "class": "dog", "weights": nano, "out": "out", "device": "cpu", **given}
+    code, out, error = command("train.py", *arguments(**{k: v for k, v in options.items() if v is not None}))
+    assert code == 2 and out == "" and "Traceback" not in error
+    assert error.startswith("train.py: ") and error.count("\n") == 1
+    assert [word for word in words if word not in error] == [], error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_help_tells_the_defaults(command):
+    code, out, _ = command("train.py", "--help")
+    assert code == 0 and "default: ohwx" in out and "--prior-weight" in out

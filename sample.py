@@ -28,7 +28,7 @@ class Settings:
 
     prompt: str = option(MISSING, "what to draw; [V] is the subject that train.py taught")
     weights: str | None = option(None, "model folder (default: the newest runs/*/model, else weights/tiny)")
-    count: int = option(1, "pictures to draw, picture i with seed + i", type=int, flag="-n", metavar="N")
+    count: int = option(4, "pictures to draw, picture i with seed + i", type=int, flag="-n", metavar="N")
     steps: int | None = option(None, "DDIM steps (default: the model's recipe)", type=int)
     guidance: float | None = option(None, "classifier-free guidance scale, 1 is none (default: recipe)", type=float)
     seed: int = option(0, "decides the starting noise", type=int)
@@ -37,7 +37,8 @@ class Settings:
     eta: float = option(0.0, "fresh noise in each step: 0 is none (DDIM), 1 is DDPM's", type=float)
     out: str = option("samples", "folder for the pictures, or the name of a .png")
     device: str = option("auto", "cpu, cuda, mps, ... or auto")
-    precision: str = option("auto", "number format; auto is bf16 or fp16 on a GPU", choices=("auto", "fp32", "bf16", "fp16"))
+    precision: str = option("auto", "number format; auto is bf16 or fp16 on a GPU",
+                            choices=("auto", "fp32", "bf16", "fp16"))
 
 
 def newest_model() -> Path:
@@ -54,7 +55,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def output_paths(out: Path, prompt: str, count: int) -> tuple[list[Path], Path]:
-    """Where `count` pictures go, and their grid: numbered files that do not exist yet in a folder, or the .png named."""
+    """Where `count` pictures and their grid go: files with the next free numbers in a folder, or the .png named."""
     if out.suffix == ".png":
         singles = [out] if count == 1 else [out.with_name(f"{out.stem}-{i}.png") for i in range(count)]
         return singles, out
@@ -93,7 +94,7 @@ def main(settings: Settings):
     paths, grid_path = output_paths(out, settings.prompt, settings.count)
     for i, (image, path) in enumerate(zip(images, paths)):
         about = {"Steps": steps, "Sampler": "DDIM", "CFG scale": guidance, "Seed": settings.seed + i,
-                 "Size": f"{image.width}x{image.height}", "Model": str(weights)} | ({"Eta": settings.eta} if settings.eta else {})
+                 "Size": f"{image.width}x{image.height}", "Eta": settings.eta, "Model": str(weights)}
         save_png(image, path, describe(settings.prompt, settings.negative, **about))
         print(path)
     if settings.count > 1:

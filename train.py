@@ -56,8 +56,8 @@ from tinydb.weights import WEIGHT_FILES, canonical_names, read_tensors, remove, 
 TINY = Path(__file__).parent / "weights" / "tiny"
 FREE_ON_RESUME = ("out", "steps", "keep", "log")  # what may change without changing the result of a step
 CLASS_GROUP = 8  # class images made together; fixed, since it decides their last bit
-DIVERGED = ("step {step}: the loss is {losses}; nothing was saved of it. Try a lower --lr than {lr}, or --precision fp32; "
-            "--resume goes on from the last checkpoint")
+DIVERGED = ("step {step}: the loss is {losses}; nothing was saved of it. Try a lower --lr than {lr}, or --precision "
+            "fp32; --resume goes on from the last checkpoint")
 VALIDATION_EXAMPLES = 8  # of each set
 VALIDATION_STEP = 2**31  # a step that no run reaches, for draws of its own
 
@@ -369,8 +369,9 @@ def check_disk(sd: StableDiffusion, settings: Settings, out: Path) -> None:
     needed = checkpoints * size + size // 3
     home = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(home).free
-    require(free > needed, f"{home} has {free / 1e9:.1f} GB free, this run needs {needed / 1e9:.1f} for its checkpoints; "
-                           "make room, or use --keep 1, --save-every 0 or another --out")
+    require(free > needed,
+            f"{home} has {free / 1e9:.1f} GB free, this run needs {needed / 1e9:.1f} for its checkpoints; make room or "
+            "use --keep 1, --save-every 0 or another --out")
 
 
 def relative_change(model: nn.Module, weights: Path, part: str) -> float:
@@ -504,13 +505,15 @@ def main(settings: Settings) -> None:
     state: dict[str, object] = {"step": 0, "best_step": None, "best_loss": None}
     if settings.resume and saved_checkpoints(out):
         state = resume_checkpoint(model, optimizer, scaler, saved_checkpoints(out)[-1])
-        require(state["step"] <= settings.steps, f"--steps {settings.steps}: the run in {out} is at {state['step']} already")
+        require(state["step"] <= settings.steps,
+                f"--steps {settings.steps}: the run in {out} is at step {state['step']} already")
     parallel = DistributedDataParallel(model) if world > 1 else model
 
     def loss_of(module: nn.Module, draw: Draw, examples: slice) -> Tensor:
         """The loss of each set, from some examples of a draw."""
+        tensors = (draw.latents, draw.noise, draw.timesteps)
         with autocast():
-            return module(*(t[:, examples].flatten(0, 1).to(device) for t in (draw.latents, draw.noise, draw.timesteps)))
+            return module(*(tensor[:, examples].flatten(0, 1).to(device) for tensor in tensors))
 
     if rank == 0:
         metrics = open_metrics(out / "metrics.jsonl", state["step"])
@@ -584,8 +587,9 @@ def main(settings: Settings) -> None:
     if rank == 0:
         sd.info = replace(sd.info, step=state["step"])
         sd.save(out / "model", vae_from=weights)
-        command = f'python sample.py "{PLACEHOLDER} {settings.class_noun} on the moon" -n 4 --weights'
-        print(f"\n{out / 'model'} knows your {settings.class_noun} as {PLACEHOLDER}. Try:\n\n    {command} {out / 'model'}\n")
+        command = f'python sample.py "{PLACEHOLDER} {settings.class_noun} on the moon" --weights'
+        print(f"\n{out / 'model'} knows your {settings.class_noun} as {PLACEHOLDER}. Try:\n\n"
+              f"    {command} {out / 'model'}\n")
         if state["best_step"] not in (None, state["step"]):
             print(f"The validation loss was lowest at step {state['best_step']}:\n\n    {command} "
                   f"{checkpoint_path(out, state['best_step'])}\n")
@@ -607,9 +611,9 @@ if __name__ == "__main__":
             time.sleep(3)
         parser.error(str(error))
     except torch.OutOfMemoryError as error:
-        parser.exit(1, f"{parser.prog}: out of memory ({str(error).splitlines()[0]}). Try, in this order: --checkpointing "
-                       "(activations are recomputed), --batch 1 with more --accumulate, --freeze-text (for SD 1.x 2 GB "
-                       "less), --precision bf16\n")
+        parser.exit(1, f"{parser.prog}: out of memory ({str(error).splitlines()[0]}). Try, in this order: "
+                       "--checkpointing (activations are recomputed), --batch 1 with more --accumulate, --freeze-text "
+                       "(for SD 1.x 1.5 GB less), --precision bf16\n")
     except OSError as error:
         parser.exit(1, f"{parser.prog}: {error.filename}: {error.strerror}; once that is mended, --resume goes on\n")
     except RuntimeError as error:

@@ -6,6 +6,7 @@ import shutil
 import sys
 import types
 from dataclasses import asdict
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ from convert_weights import SD1
 from tinydb.config import InputError
 from tinydb.data import Draw, Latents, draw_step, fit, open_picture, read_pictures
 from tinydb.layers import ResnetBlock2D
-from tinydb.pictures import grid
+from tinydb.pictures import grid, save_png
 from train import DreamBoothLoss, Settings, class_images_key
 
 PROMPTS = ["a photo of ohwx dog", "a photo of a dog"]
@@ -246,9 +247,9 @@ def test_inputs_show_what_the_model_sees(taught, photos):
 def test_config_tells_everything_that_ran(taught, photos, nano):
     config = json.loads((taught / "config.json").read_text())
     assert config.pop("run").keys() >= {"world", "pictures"}
-    assert config == asdict(Settings(
-        images=str(photos), class_noun="dog", weights=str(nano), out=str(taught), steps=5, batch=3, lr=1e-3,
-        class_images=5, save_every=2, sample_every=2, device="cpu"))
+    settings = Settings(images=str(photos), class_noun="dog", weights=str(nano), out=str(taught), steps=5, batch=3,
+                        lr=1e-3, class_images=5, save_every=2, sample_every=2, device="cpu")
+    assert config == {name: value for name, value in asdict(settings).items() if name not in ("resume", "config")}
 
 
 def test_ends_with_the_command_to_try(teach, tmp_path, capsys):
@@ -319,18 +320,27 @@ def test_previews_have_the_same_noise_at_every_step(teach, tmp_path):
     assert first == second
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(28, "No space left"),
-                                   OSError()], ids=["memory", "disk", "silent"])
-def test_preview_that_fails_does_not_end_the_run(teach, tmp_path, monkeypatch, capsys, error):
+def test_preview_without_memory_does_not_end_the_run(teach, tmp_path, monkeypatch, capsys):
     def generate(self, prompts, **options):
         if len(set(prompts)) > 1:
-            raise error
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, prompts, **options)
 
     original = tinydb.StableDiffusion.generate
     monkeypatch.setattr(tinydb.StableDiffusion, "generate", generate)
     assert (teach(tmp_path / "out", steps=2, sample_every=1) / "model").is_dir()
     assert "no preview" in capsys.readouterr().err
+
+
+def test_preview_without_disk_does_not_end_the_run(teach, tmp_path, monkeypatch, capsys):
+    def save(image, path, parameters):
+        if "samples" in path.parts:
+            raise OSError(28, "No space left on device")
+        save_png(image, path, parameters)
+
+    monkeypatch.setattr(train, "save_png", save)
+    assert (teach(tmp_path / "out", steps=2, sample_every=1) / "model").is_dir()
+    assert "No space left" in capsys.readouterr().err
 
 
 def test_bf16_trains_fp32_weights(teach, tmp_path):
@@ -384,7 +394,7 @@ def test_memory_plan_of_stable_diffusion(pairs):
     frozen = train.memory_plan(sd, Settings(batch=1, freeze_text=True), torch.bfloat16)
     assert "weights 3.93, gradients 3.44, optimizer 6.88" in frozen
     full, half = [float(re.search(r"activations ([\d.]+)", text)[1]) for text in (plan, frozen)]
-    assert 1 < half < 0.7 * full
+    assert 1 < half < 0.6 * full
 
 
 def test_says_what_it_skipped_and_enlarged(teach, photos, tmp_path, capsys):
@@ -400,6 +410,14 @@ def test_says_what_it_skipped_and_enlarged(teach, photos, tmp_path, capsys):
 # ---------------------------------------------------------------------------------------- watching it
 
 
+def module(name: str, **content: object) -> types.ModuleType:
+    """A module as if it were installed."""
+    made = types.ModuleType(name)
+    made.__spec__ = ModuleSpec(name, None)
+    vars(made).update(content)
+    return made
+
+
 def stub_tensorboard(calls: list) -> dict[str, types.ModuleType]:
     class SummaryWriter:
         def __init__(self, folder: Path):
@@ -408,7 +426,8 @@ def stub_tensorboard(calls: list) -> dict[str, types.ModuleType]:
         def add_scalar(self, name: str, value: float, step: int):
             calls.append((name, value, step))
 
-    return {"torch.utils.tensorboard": types.SimpleNamespace(SummaryWriter=SummaryWriter)}
+    return {"tensorboard": module("tensorboard"),
+            "torch.utils.tensorboard": module("torch.utils.tensorboard", SummaryWriter=SummaryWriter)}
 
 
 def stub_wandb(calls: list) -> dict[str, types.ModuleType]:
@@ -417,27 +436,26 @@ def stub_wandb(calls: list) -> dict[str, types.ModuleType]:
         return types.SimpleNamespace(log=lambda values, step: calls.extend(
             (name, value, step) for name, value in values.items()))
 
-    return {"wandb": types.SimpleNamespace(init=init)}
+    return {"wandb": module("wandb", init=init)}
 
 
 @pytest.mark.parametrize("name, stub", [("tensorboard", stub_tensorboard), ("wandb", stub_wandb)])
 def test_tracker_gets_what_metrics_hold(teach, tmp_path, monkeypatch, name, stub):
     calls = []
-    for module, content in stub(calls).items():
-        monkeypatch.setitem(sys.modules, module, content)
+    for module_name, stubbed in stub(calls).items():
+        monkeypatch.setitem(sys.modules, module_name, stubbed)
     out = teach(tmp_path / "out", log=name, steps=2)
     assert calls[0][0] == "start" and out in (calls[0][1], calls[0][1].parent)
     expected = [(key, value, line["step"]) for line in metrics(out) for key, value in line.items() if key != "step"]
     assert calls[1:] == expected
 
 
-@pytest.mark.parametrize("name, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
-def test_tracker_that_is_not_installed(teach, tmp_path, monkeypatch, name, module):
-    """It is noticed before minutes went into class images."""
-    monkeypatch.setitem(sys.modules, module, None)
-    out = tmp_path / "out"
-    assert f"pip install {name}" in refusal(teach, out, log=name)
-    assert not (out / "class_images").exists()
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_tracker_that_is_not_installed(teach, tmp_path, monkeypatch, name):
+    """It is noticed before anything is written."""
+    monkeypatch.setitem(sys.modules, name, None)
+    assert f"pip install {name}" in refusal(teach, tmp_path / "out", log=name)
+    assert not (tmp_path / "out").exists()
 
 
 # --------------------------------------------------------------------------------------- class images
@@ -627,8 +645,8 @@ def test_config_of_a_resumed_run_repeats_it(command, teach, tmp_path):
     assert files(tmp_path / "second" / "model") == files(first / "model")
 
 
-@pytest.mark.parametrize("key, nearest", [("stesp", "steps"), ("learning_rate", "lr"), ("class_image", "class_images"),
-                                          ("save-evry", "save_every"), ("zzz", "")])
+@pytest.mark.parametrize("key, nearest", [("stesp", "steps"), ("class_image", "class_images"),
+                                          ("save-evry", "save"), ("zzz", "")])
 def test_unknown_key_in_a_config_file_names_the_nearest(command, tmp_path, key, nearest):
     code, _, error = command("train.py", write_config(tmp_path / "a.json", **{key: 3}))
     assert code == 2 and error.count("\n") == 1 and repr(key) in error and nearest in error.split("nearest")[1]

@@ -75,7 +75,7 @@ class PartConfig:
                              or value is None or value is False)
             if not supported:
                 expected = f"only {cls.FIXED[key]!r}" if key in cls.FIXED else "no such setting"
-                raise InputError(f"{source}: {key} = {value!r} is not supported ({expected}); use an SD 1.x or 2.x model")
+                raise InputError(f"{source}: {key} = {value!r} is not supported ({expected}); use SD 1.x or 2.x")
         chosen = {}
         for f in fields(cls):
             value = entries.get(f.name)

@@ -49,7 +49,7 @@ class NoiseSchedule:
 
 
 def ddim_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
-    """`steps` evenly spaced timesteps from noisy to clean, shifted by one as Stable Diffusion samples: 981, 961 ... 1."""
+    """`steps` evenly spaced timesteps from noisy to clean, shifted by one as in Stable Diffusion: 981, 961 ... 1."""
     limit = schedule.config.num_train_timesteps - 1
     if not 1 <= steps <= limit:
         raise InputError(f"steps {steps}: expected 1 to {limit}, the timesteps that the model was trained on")
@@ -95,7 +95,7 @@ def guided(model: Callable[[Tensor, Tensor, Tensor], Tensor], text_embeds: Tenso
 
 def sample(schedule: NoiseSchedule, denoiser: Callable[[Tensor, Tensor], Tensor], latents: Tensor, steps: int,
            eta: float = 0.0, generators: list[torch.Generator] | None = None) -> Iterator[Tensor]:
-    """DDIM from pure noise `latents` (B, C, h, w); yields the latents after each step, the last ones being the result."""
+    """DDIM from pure noise `latents` (B, C, h, w); yields the latents after each step, the last ones the result."""
     stride = schedule.config.num_train_timesteps // steps if steps > 0 else 0
     for timestep in ddim_timesteps(schedule, steps):
         timesteps = torch.full((len(latents),), timestep, device=latents.device)

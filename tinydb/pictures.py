@@ -23,7 +23,8 @@ def grid(images: list[Image.Image], columns: int) -> Image.Image:
     width, height = (side * factor for side in images[0].size)
     sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
     for i, image in enumerate(images):
-        sheet.paste(image.resize((width, height), Image.Resampling.BICUBIC), (i % columns * width, i // columns * height))
+        enlarged = image.resize((width, height), Image.Resampling.BICUBIC)
+        sheet.paste(enlarged, (i % columns * width, i // columns * height))
     return sheet
 
 

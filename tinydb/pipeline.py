@@ -56,10 +56,11 @@ class StableDiffusion:
 
     def __post_init__(self):
         width, context = self.text_encoder.config.hidden_size, self.unet.config.cross_attention_dim
-        require(width == context, f"the text encoder is {width} wide, the UNet attends to {context}: parts of two models")
+        require(width == context,
+                f"the text encoder is {width} wide, the UNet attends to {context}: parts of two models")
         latents, channels = self.vae.config.latent_channels, self.unet.config.in_channels
-        require(latents == channels, f"the VAE makes {latents} latent channels, the UNet takes {channels}: an inpainting "
-                                     "model, or parts of two models")
+        require(latents == channels,
+                f"the VAE makes {latents} latent channels, the UNet takes {channels}: an inpainting model?")
         positions, vocabulary = self.text_encoder.config.max_position_embeddings, self.text_encoder.config.vocab_size
         require(self.tokenizer.max_length <= positions and max(self.tokenizer.vocab.values()) < vocabulary,
                 f"the tokenizer gives {self.tokenizer.max_length} ids up to {max(self.tokenizer.vocab.values())}, the "

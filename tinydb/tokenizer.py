@@ -33,7 +33,7 @@ class CLIPTokenizer:
                                      unk_token=EOS, fuse_unk=False))
         except Exception as error:  # the library raises nothing narrower
             reason = str(error).splitlines()[0]
-            raise InputError(f"tokenizer: merges and vocabulary do not fit ({reason}); copy both from one model") from None
+            raise InputError(f"tokenizer: merges and vocabulary do not fit ({reason}); copy both together") from None
         self.bpe.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
         self.bpe.pre_tokenizer = pre_tokenizers.Sequence(

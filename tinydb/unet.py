@@ -194,7 +194,8 @@ class UNet2DConditionModel(nn.Module):
         skip_channels = [channels[0]]  # what the down path leaves for the up path, in order
         for i, block_type in enumerate(config.down_block_types):
             self.down_blocks.append(DownBlock(
-                channels[max(i - 1, 0)], channels[i], heads[i] if "CrossAttn" in block_type else None, i == last, config))
+                channels[max(i - 1, 0)], channels[i],
+                heads[i] if "CrossAttn" in block_type else None, i == last, config))
             skip_channels += [channels[i]] * (config.layers_per_block + (i < last))
 
         self.mid_block = MidBlock(channels[-1], heads[-1], config)

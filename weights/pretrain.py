@@ -198,7 +198,8 @@ def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, out: Path, device:
         parts = [vae.encode(to_pixels(pictures[i : i + 64]).to(device, memory_format=torch.channels_last))
                  for i in tqdm(range(0, len(pictures), 64), "encoding the world")]
         with written_whole(path) as temporary:
-            save_tensors({name: torch.cat([part[k] for part in parts]) for k, name in enumerate(("mean", "std"))}, temporary)
+            mean, std = (torch.cat([part[k] for part in parts]) for k in (0, 1))
+            save_tensors({"mean": mean, "std": std}, temporary)
     latents = read_tensors(path)
     return latents["mean"], latents["std"]
 
@@ -245,9 +246,10 @@ def main(settings: Settings):
 
     words = " ".join(full_caption(scene) for scene in scenes).split()
     tokenizer = make_tokenizer(sorted({*words, "a", "an", "photo", "picture", "of", DEFAULT_IDENTIFIER}))
-    ids = {"bos_token_id": tokenizer.vocab[BOS], "eos_token_id": tokenizer.vocab[EOS], "pad_token_id": tokenizer.vocab[EOS]}
+    bos, eos = tokenizer.vocab[BOS], tokenizer.vocab[EOS]
     torch.manual_seed(settings.seed)
-    text_encoder = CLIPTextModel(replace(TEXT, vocab_size=len(tokenizer.vocab), **ids)).to(device)
+    text_encoder = CLIPTextModel(replace(TEXT, vocab_size=len(tokenizer.vocab), bos_token_id=bos,
+                                         eos_token_id=eos, pad_token_id=eos)).to(device)
     for embedding in text_encoder.text_model["embeddings"].values():
         nn.init.normal_(embedding.weight, std=0.1)  # PyTorch's unit variance would drown the word in its position
     unet = UNet2DConditionModel(UNET).to(device, memory_format=torch.channels_last)

@@ -1,0 +1,130 @@
+"""The world, the recipe of the embedded model, and the model folder in the box."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "weights"))
+import pretrain  # noqa: E402
+import world  # noqa: E402
+
+import tinydb  # noqa: E402
+from tinydb.data import fit, open_picture, to_pixels  # noqa: E402
+
+
+def test_a_scene_and_its_caption_depend_on_the_generator_alone():
+    first, again = (np.random.default_rng(3) for _ in range(2))
+    for _ in range(20):
+        scene = world.sample_scene(first)
+        assert scene == world.sample_scene(again)
+        assert world.caption(scene, first) == world.caption(scene, again)
+        assert np.array_equal(world.render(scene, first), world.render(scene, again))
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_held_out_scenes_are_kept_apart(held_out: bool):
+    rng = np.random.default_rng(0)
+    scenes = [world.sample_scene(rng, held_out) for _ in range(500)]
+    assert all(world.is_held_out(scene) == held_out for scene in scenes)
+    for seen, everything in (({s.noun for s in scenes}, world.NOUNS), ({s.place for s in scenes}, world.PLACES),
+                             ({s.color for s in scenes}, world.COLORS)):
+        assert seen == set(everything), "a word that training never meets cannot be composed"
+
+
+def test_a_caption_says_nothing_that_the_picture_does_not_show():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        scene = world.sample_scene(rng)
+        allowed = set(f"a an photo picture of plain {world.full_caption(scene)}".split())
+        assert set(world.caption(scene, rng).split()) <= allowed
+
+
+def test_the_pictures_of_the_subjects_are_those_that_world_draws():
+    for name, subject in world.SUBJECTS.items():
+        files = sorted((ROOT / "weights" / "subjects" / name).glob("*.png"))
+        assert len(files) == len(subject.places)
+        for i, (file, place) in enumerate(zip(files, subject.places)):
+            drawn = world.render_subject(name, place, np.random.default_rng(i))
+            assert np.array_equal(Image.open(file).convert("RGB"), drawn), file
+
+
+def test_every_word_of_the_world_is_one_token_and_any_other_text_is_bytes():
+    tokenizer = pretrain.make_tokenizer(["dog", "dogs", "moon", "ohwx"])
+    bos, eos = tokenizer.vocab["<|startoftext|>"], tokenizer.vocab["<|endoftext|>"]
+    for word in ("dog", "dogs", "moon", "ohwx"):
+        assert tokenizer.encode(word)[0, :3].tolist() == [bos, tokenizer.vocab[word + "</w>"], eos]
+    strange = tokenizer.encode("zebra 日本 😀 !?")[0].tolist()
+    assert tokenizer.dropped("zebra 日本 😀 !?") == "" and strange.index(eos) > 10
+
+
+def test_pretraining_that_was_interrupted_ends_as_if_it_was_not(tmp_path: Path):
+    def run(out: Path, steps: list[int]) -> nn.Module:
+        for _ in steps:
+            torch.manual_seed(0)
+            model = nn.Linear(4, 4)
+
+            def loss_of(rng: np.random.Generator) -> torch.Tensor:
+                if len(seen) == interrupted_at and len(steps) == 2 and not (out / "interrupted").exists():
+                    (out / "interrupted").touch()
+                    raise KeyboardInterrupt
+                seen.append(0)
+                x = torch.from_numpy(rng.standard_normal((8, 4), np.float32))
+                return (model(x) - x).square().mean()
+
+            seen, interrupted_at = [], 260
+            try:
+                average = pretrain.train("linear", model, loss_of, 300, 1e-2, 0, out, lambda average: "")
+            except KeyboardInterrupt:
+                continue
+        return average
+
+    (tmp_path / "once").mkdir()
+    (tmp_path / "twice").mkdir()
+    once, twice = run(tmp_path / "once", [1]), run(tmp_path / "twice", [1, 2])
+    assert (tmp_path / "twice" / "interrupted").exists()
+    assert torch.equal(once.weight, twice.weight) and torch.equal(once.bias, twice.bias)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tinydb.StableDiffusion:
+    return tinydb.load(ROOT / "weights" / "tiny")
+
+
+def test_the_folder_is_small_and_says_where_it_comes_from(tiny: tinydb.StableDiffusion):
+    size = sum(path.stat().st_size for path in (ROOT / "weights" / "tiny").rglob("*") if path.is_file())
+    assert size < 30e6
+    assert tiny.info.class_noun is None and tiny.info.base["license"] == "MIT"
+
+
+def test_the_autoencoder_reproduces_unseen_scenes(tiny: tinydb.StableDiffusion):
+    rng = np.random.default_rng(1234)
+    pixels = to_pixels([world.render(world.sample_scene(rng), rng) for _ in range(32)])
+    with torch.no_grad():
+        decoded = tiny.vae.decode(tiny.vae.encode(pixels)[0]).clamp(-1, 1)
+    psnr = 10 * torch.log10(4 / (decoded - pixels).square().mean((1, 2, 3)))
+    assert psnr.mean() >= 30
+
+
+def test_the_autoencoder_reproduces_the_subjects(tiny: tinydb.StableDiffusion):
+    files = sorted((ROOT / "weights" / "subjects").glob("*/*.png"))
+    pixels = to_pixels([fit(open_picture(file), tiny.resolution) for file in files])
+    with torch.no_grad():
+        decoded = tiny.vae.decode(tiny.vae.encode(pixels)[0]).clamp(-1, 1)
+    assert (10 * torch.log10(4 / (decoded - pixels).square().mean((1, 2, 3)))).mean() >= 27
+
+
+def test_a_prompt_decides_colour_and_place(tiny: tinydb.StableDiffusion):
+    """On average over pictures: the moon's sky is darker than the beach's, and a red car is redder than a blue one."""
+    prompts = ["a red car on the beach", "a blue car on the beach", "a red car on the moon", "a blue car on the moon"]
+    images = tiny.generate([prompt for prompt in prompts for _ in range(2)], steps=10, seed=5)
+    pixels = to_pixels(images).unflatten(0, (4, 2)).mean(1)  # (prompt, 3, H, W)
+    sky, body = pixels[:, :, 2:10].mean((1, 2, 3)), pixels[:, :, 36:52, 16:48].mean((2, 3))
+    assert sky[:2].min() > sky[2:].max() + 0.3
+    assert body[0, 0] - body[0, 2] > body[1, 0] - body[1, 2] + 0.3
+    assert body[2, 0] - body[2, 2] > body[3, 0] - body[3, 2] + 0.3

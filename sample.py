@@ -6,6 +6,7 @@
 [V] stands for the word under which train.py taught the subject. Prints the paths of the pictures on stdout.
 """
 
+import math
 import re
 import sys
 from dataclasses import MISSING, dataclass
@@ -68,8 +69,14 @@ def main(settings: Settings):
     require(settings.count > 0, f"-n {settings.count}: expected 1 or more")
     require(0 <= settings.seed < 2**32, f"--seed {settings.seed}: expected 0 to {2**32 - 1}")
     require(0 <= settings.eta <= 1, f"--eta {settings.eta}: expected 0 (DDIM) to 1 (DDPM)")
+    require(settings.guidance is None or math.isfinite(settings.guidance), f"--guidance {settings.guidance}: expected a "
+                                                                           "number, such as 7.5")
     out = Path(settings.out)
-    require(out.suffix == ".png" or not out.is_file(), f"--out {out}: a file; expected a folder or the name of a .png")
+    try:
+        (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
+        require(not (out.suffix == ".png" and out.is_dir()), f"--out {out}: a folder; expected the name of a file")
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be a folder there ({error.strerror}); choose another") from None
     size = parse_size(settings.size) if settings.size else None
     weights = Path(settings.weights) if settings.weights else newest_model()
     device, dtype = choose_device(settings.device, settings.precision)

@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -336,13 +337,13 @@ def claim(out: Path, settings: Settings, run: dict[str, object]) -> None:
 
 
 def memory_plan(sd: StableDiffusion, settings: Settings, dtype: torch.dtype) -> str:
-    """The large things that training will hold, in GB, found by a pass on the meta device, which computes nothing."""
-    with torch.device("meta"):
-        unet = type(sd.unet)(sd.unet.config).to(dtype)
+    """The large things that training will hold, in GB, found by a pass over tensors that have a shape and no content."""
+    with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        unet = type(sd.unet)(sd.unet.config)
         side, channels = sd.unet.config.sample_size, sd.unet.config.in_channels
         count = settings.batch * (2 if settings.prior_weight > 0 else 1)
-        latents = torch.empty(count, channels, side, side, dtype=dtype)
-        text_embeds = torch.empty(count, sd.tokenizer.max_length, sd.unet.config.cross_attention_dim, dtype=dtype)
+        latents = torch.empty(count, channels, side, side)
+        text_embeds = torch.empty(count, sd.tokenizer.max_length, sd.unet.config.cross_attention_dim)
         own = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
         kept: dict[int, Tensor] = {}  # what autograd keeps for the backward pass, each storage once
 
@@ -352,14 +353,15 @@ def memory_plan(sd: StableDiffusion, settings: Settings, dtype: torch.dtype) -> 
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             prediction = unet(latents, torch.empty(count), text_embeds)
-        activations = sum(t.untyped_storage().nbytes() for cdata, t in kept.items() if cdata not in own)
+        kept_bytes = sum(t.untyped_storage().nbytes() for cdata, t in kept.items() if cdata not in own)
         del prediction
     unet_bytes, text_bytes = (4 * sum(p.numel() for p in model.parameters()) for model in (sd.unet, sd.text_encoder))
     weights, trained = unet_bytes + text_bytes, unet_bytes + (0 if settings.freeze_text else text_bytes)
-    plan = {"weights": weights, "gradients": trained, "optimizer": 2 * trained, "activations": activations}
-    text = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.items())
-    recomputed = " (most of them recomputed)" if settings.checkpointing else ""
-    return f"memory, GB: {text}{recomputed}; in all {sum(plan.values()) / 1e9:.2f}"
+    copies = 0 if dtype == torch.float32 else unet_bytes * dtype.itemsize // 4  # autocast's, kept for the backward pass
+    plan = {"weights": weights, "gradients": trained, "optimizer": 2 * trained, "low-precision copies": copies,
+            "activations" + ", mostly recomputed" * settings.checkpointing: kept_bytes - copies}
+    text = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.items() if size)
+    return f"memory in GB: {text}; in all {sum(plan.values()) / 1e9:.2f}"
 
 
 def check_disk(sd: StableDiffusion, settings: Settings, out: Path) -> None:
@@ -456,6 +458,8 @@ def main(settings: Settings) -> None:
     reasons = f" (skipped {'; '.join(skipped)})" if skipped else ""
     require(bool(pictures), f"--images {settings.images}: no picture in it{reasons}; expected JPEG or PNG files")
     instance_images = [fit(image, sd.resolution) for image in pictures.values()]
+    own = list(read_pictures(Path(settings.class_dir))[0].values()) if settings.class_dir else []
+    own = own[: settings.class_images]  # class pictures that you brought; the model draws the rest
     if rank == 0:
         digest = hashlib.sha256(b"".join(image.tobytes() for image in instance_images)).hexdigest()[:12]
         check_disk(sd, settings, out)
@@ -476,9 +480,7 @@ def main(settings: Settings) -> None:
     class_prompt = a_photo_of(settings.class_noun)
     prompts, images = [instance_prompt], [instance_images]
     if settings.prior_weight > 0:
-        parent = Path(settings.class_dir or out / "class_images")
-        own = list(read_pictures(parent)[0].values())[: settings.class_images] if settings.class_dir else []
-        folder = parent / class_images_key(sd, class_prompt, settings.seed, weights)
+        folder = Path(settings.class_dir or out / "class_images") / class_images_key(sd, class_prompt, settings.seed, weights)
         paths = [folder / f"{i:05d}.png" for i in range(settings.class_images - len(own))]
         with autocast():
             make_class_images(sd, class_prompt, paths, settings.seed, rank, world, stop)
@@ -615,7 +617,7 @@ if __name__ == "__main__":
                        "--checkpointing (activations are recomputed), --batch 1 with more --accumulate, --freeze-text "
                        "(for SD 1.x 1.5 GB less), --precision bf16\n")
     except OSError as error:
-        parser.exit(1, f"{parser.prog}: {error.filename}: {error.strerror}; once that is mended, --resume goes on\n")
+        parser.exit(1, f"{parser.prog}: {error}; once that is mended, --resume goes on\n")
     except RuntimeError as error:
         if "closed by peer" not in str(error) and "reset by peer" not in str(error):
             raise

@@ -20,9 +20,11 @@ from unittest import mock
 import torch
 import torch._dynamo  # noqa: F401, what the scripts import on the way: for the forks to have it
 import torch._refs  # noqa: F401
+from torch import Tensor
 
 import sample  # noqa: F401
 import train  # noqa: F401
+from tinydb.diffusion import NoiseSchedule
 
 ROOT = Path(__file__).parent.parent
 fork = multiprocessing.get_context("forkserver")
@@ -114,3 +116,14 @@ def raise_out_of_memory() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nSee the documentation")
 
     torch.nn.utils.clip_grad_norm_ = clip_grad_norm_
+
+
+def record_noise(folder: Path) -> None:
+    """Note, in a file for each rank, the noise that is added in training."""
+    def add_noise(self: NoiseSchedule, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # not the validation
+            with (folder / f"noise-{os.environ['RANK']}.txt").open("a") as file:
+                file.writelines(f"{picture.double().sum().item()!r}\n" for picture in noise)
+        return original(self, latents, noise, timesteps)
+
+    original, NoiseSchedule.add_noise = NoiseSchedule.add_noise, add_noise

@@ -160,10 +160,11 @@ def remove(path: Path) -> None:
     """Delete a file or a folder, if it is there; a folder loses its name first, so that half of one is never seen."""
     if path.is_dir():
         nameless = path.with_name(f".{path.name}.old")
+        shutil.rmtree(nameless, ignore_errors=True)  # what a killed run left
         os.replace(path, nameless)
         shutil.rmtree(nameless)
-    else:
-        path.unlink(missing_ok=True)
+    elif path.exists():
+        path.unlink()
 
 
 def link_or_copy(source: str, destination: str) -> None:

@@ -69,8 +69,8 @@ def main(settings: Settings):
     require(settings.count > 0, f"-n {settings.count}: expected 1 or more")
     require(0 <= settings.seed < 2**32, f"--seed {settings.seed}: expected 0 to {2**32 - 1}")
     require(0 <= settings.eta <= 1, f"--eta {settings.eta}: expected 0 (DDIM) to 1 (DDPM)")
-    require(settings.guidance is None or math.isfinite(settings.guidance), f"--guidance {settings.guidance}: expected a "
-                                                                           "number, such as 7.5")
+    require(settings.guidance is None or math.isfinite(settings.guidance),
+            f"--guidance {settings.guidance}: expected a number, such as 7.5")
     out = Path(settings.out)
     try:
         (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,7 @@ from typing import TextIO
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
@@ -55,10 +56,10 @@ from tinydb.unet import Transformer2DModel
 from tinydb.weights import WEIGHT_FILES, canonical_names, read_tensors, remove, save_tensors, written_whole
 
 TINY = Path(__file__).parent / "weights" / "tiny"
-FREE_ON_RESUME = ("out", "steps", "keep", "log")  # what may change without changing the result of a step
+FREE_ON_RESUME = ("out", "steps", "keep", "save_every", "sample_every", "checkpointing", "log")  # changes no gradient
 CLASS_GROUP = 8  # class images made together; fixed, since it decides their last bit
-DIVERGED = ("step {step}: the loss is {losses}; nothing was saved of it. Try a lower --lr than {lr}, or --precision "
-            "fp32; --resume goes on from the last checkpoint")
+DIVERGED = ("step {step}: the loss is {losses}, and nothing was saved of it. Start again with a lower --lr than {lr} "
+            "or --precision fp32, another --out, and --class-dir {out}/class_images to keep the class pictures")
 VALIDATION_EXAMPLES = 8  # of each set
 VALIDATION_STEP = 2**31  # a step that no run reaches, for draws of its own
 
@@ -189,7 +190,8 @@ def class_images_key(sd: StableDiffusion, prompt: str, seed: int, weights: Path)
     """A name for the pictures that these settings make, so that no other run's pictures are taken for them."""
     recipe = sd.info.recipe
     digest = hashlib.sha256(json.dumps(
-        [prompt, sd.resolution, recipe.class_steps, recipe.class_guidance, seed, CLASS_GROUP]).encode())
+        [prompt, sd.resolution, sd.schedule.config.to_dict(), recipe.class_steps, recipe.class_guidance, seed,
+         CLASS_GROUP]).encode())
     for part, name in WEIGHT_FILES.items():  # the end of each file tells apart any two models
         path = weights / part / name
         with path.open("rb") as file:
@@ -198,51 +200,45 @@ def class_images_key(sd: StableDiffusion, prompt: str, seed: int, weights: Path)
     return digest.hexdigest()[:12]
 
 
-def readable(path: Path) -> bool:
-    """Whether a file is a whole picture."""
+def usable(path: Path) -> bool:
+    """Whether a file is a whole picture, and not of one flat colour: some models black out what they censor."""
     try:
-        open_picture(path)
-        return True
-    except (OSError, ValueError, SyntaxError):
+        return any(high - low >= 16 for low, high in open_picture(path).getextrema())
+    except (FileNotFoundError, ValueError):
         return False
 
 
-def make_class_images(sd: StableDiffusion, prompt: str, paths: list[Path], seed: int, rank: int, world: int,
+def make_class_images(sd: StableDiffusion, prompt: str, paths: list[Path], seed: int, rank: int, world_size: int,
                       stop: "StopSignal") -> None:
-    """Draw those of `paths` that are missing, picture i from seed + i, with the model as it is.
+    """Draw those of `paths` that are missing or useless, picture i from seed + i, with the model as it is.
 
-    Fixed groups of consecutive pictures are dealt to the ranks whole, so the files are the same for any number of
-    ranks. A picture of one colour is a failed one (some models black out what they censor) and is drawn again.
+    Fixed groups of consecutive pictures are dealt to the ranks whole: the files are the same for any number of ranks.
     """
     recipe = sd.info.recipe
-    groups = [range(i, min(i + CLASS_GROUP, len(paths))) for i in range(0, len(paths), CLASS_GROUP)][rank::world]
-    for path in paths:
-        if path.exists() and not readable(path):
-            path.unlink()
-    missing = [group for group in groups if not all(paths[i].exists() for i in group)]
-    progress = tqdm(total=sum(map(len, missing)), desc=f"class images, {prompt!r}", unit="picture",
-                    disable=rank > 0 or not missing)
-    for group in missing:
-        for attempt in range(5):
+    groups = [range(i, min(i + CLASS_GROUP, len(paths))) for i in range(0, len(paths), CLASS_GROUP)][rank::world_size]
+    to_draw = [group for group in groups if not all(usable(paths[i]) for i in group)]
+    progress = tqdm(total=sum(map(len, to_draw)), desc=f"class images, {prompt!r}", unit="picture",
+                    disable=rank > 0 or not to_draw)
+    for group in to_draw:
+        for attempt in range(5):  # a flat picture gets another seed
             if stop.asked:
                 stop.exit()
             seeds = [seed + i + attempt * 2**32 for i in group]
             images = sd.generate([prompt] * len(group), steps=recipe.class_steps, guidance_scale=recipe.class_guidance,
                                  latents=sd.initial_latents([torch.Generator().manual_seed(s) for s in seeds]))
             for i, image, image_seed in zip(group, images, seeds):
-                flat = all(high - low < 16 for low, high in image.getextrema())
-                if not flat and not paths[i].exists():
+                if not usable(paths[i]):
                     with written_whole(paths[i]) as temporary:
                         save_png(image, temporary, describe(prompt, "", Steps=recipe.class_steps, Seed=image_seed,
                                                             **{"CFG scale": recipe.class_guidance}))
-            if all(paths[i].exists() for i in group):
+            if all(usable(paths[i]) for i in group):
                 break
         else:
             raise InputError(f"the model draws {prompt!r} in one flat colour; check it with sample.py, or bring class "
                              "pictures of your own with --class-dir")
         progress.update(len(group))
     progress.close()
-    if world > 1:
+    if world_size > 1:
         dist.barrier()
 
 
@@ -258,6 +254,8 @@ class StopSignal:
             signal.signal(number, self.receive)
 
     def receive(self, number: int, frame: object) -> None:
+        if not self.asked:
+            os.write(2, b"\nstopping after this step\n")  # print is not for signal handlers
         self.asked = True
 
     def exit(self) -> None:
@@ -271,9 +269,9 @@ def save_checkpoint(sd: StableDiffusion, model: DreamBoothLoss, optimizer: torch
                     scaler: torch.amp.GradScaler, weights: Path, folder: Path, state: dict[str, object]) -> None:
     """A model folder to sample from, plus the optimizer's moments and `state` to go on from; whole or not at all."""
     moments = {f"{kind}.{name}": tensor for name, parameter in model.named_parameters()
-               for kind, tensor in optimizer.state[parameter].items()}
+               for kind, tensor in optimizer.state.get(parameter, {}).items()}
     with written_whole(folder) as path:
-        sd.save(path, vae_from=weights)
+        sd.write(path, torch.float32, vae_from=weights)
         save_tensors(moments, path / "state.safetensors")
         write_json(path / "state.json", {**state, "scaler": scaler.state_dict()})
 
@@ -317,7 +315,8 @@ def drop_checkpoints(out: Path, keep: int, best_step: int | None) -> None:
 def claim(out: Path, settings: Settings, run: dict[str, object]) -> None:
     """Make OUT this run's and note everything that decides its result in OUT/config.json.
 
-    Refuses a folder that holds anything else, and a --resume that would continue a different run.
+    Refuses a folder that holds anything else, and a --resume that would continue a different run. A run that did not
+    get as far as a checkpoint may be started over; its class images stay.
     """
     config, noted = out / "config.json", {**settings.noted(), "run": run}
     if settings.resume:
@@ -325,19 +324,23 @@ def claim(out: Path, settings: Settings, run: dict[str, object]) -> None:
         before = read_json(config)
         for name, now in noted.items():
             require(before.get(name) == now or name in FREE_ON_RESUME,
-                    f"--resume: {name} was {before.get(name)!r} and is now {now!r}; only --steps may change")
+                    f"--resume: {name} was {before.get(name)!r} and is now {now!r}; give what it was, or another --out")
     else:
-        require(not out.exists() or (out.is_dir() and not [p for p in out.iterdir() if not p.name.startswith(".")]),
-                f"{out} is not empty; continue its run with --resume, or give this one its own folder with --out")
+        started = (out / "model").exists() or saved_checkpoints(out)
+        foreign = out.exists() and not config.exists() and any(p for p in out.glob("*") if not p.name.startswith("."))
+        require(not started, f"{out} holds a run; continue it with --resume, or give this one a folder with --out")
+        require(not foreign, f"{out} is not empty, and no run of this program; give another folder with --out")
     with written_whole(config) as temporary:
         write_json(temporary, noted)
+    for leftover in (out / "checkpoints").glob(".*"):  # of a run that was killed while it wrote
+        remove(leftover)
 
 
 # ------------------------------------------------------------------------------ what a person wants to see
 
 
 def memory_plan(sd: StableDiffusion, settings: Settings, dtype: torch.dtype) -> str:
-    """The large things that training will hold, in GB, found by a pass over tensors that have a shape and no content."""
+    """The large things that training will hold, in GB, found by a pass over tensors that have a shape, no content."""
     with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         unet = type(sd.unet)(sd.unet.config)
         side, channels = sd.unet.config.sample_size, sd.unet.config.in_channels
@@ -365,10 +368,11 @@ def memory_plan(sd: StableDiffusion, settings: Settings, dtype: torch.dtype) -> 
 
 
 def check_disk(sd: StableDiffusion, settings: Settings, out: Path) -> None:
-    """Refuse to start what the disk cannot hold: a checkpoint is weights and two moments, in fp32."""
+    """Refuse to start what the disk cannot hold: a checkpoint is the weights and two moments of each, in fp32."""
     size = 12 * sum(p.numel() for model in (sd.unet, sd.text_encoder) for p in model.parameters())
-    checkpoints = settings.keep + 2 if settings.save_every else 0  # the best one, and one under way
-    needed = checkpoints * size + size // 3
+    checkpoints = settings.keep + 2 if settings.save_every else 1  # the best one, and one under way
+    there = sum(path.stat().st_size for path in (out / "checkpoints").glob("*/*.safetensors"))
+    needed = checkpoints * size + size // 3 - there
     home = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(home).free
     require(free > needed,
@@ -387,11 +391,11 @@ def relative_change(model: nn.Module, weights: Path, part: str) -> float:
     return math.sqrt(moved / total)
 
 
-def open_tracker(name: str | None, out: Path, settings: Settings) -> Callable[[dict[str, float], int], None]:
+def open_tracker(name: str | None, out: Path, settings: Settings, step: int) -> Callable[[dict[str, float], int], None]:
     """A function (values, step) that logs to tensorboard or wandb, or does nothing where neither is asked for."""
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(out / "tensorboard")
+        writer = SummaryWriter(out / "tensorboard", purge_step=step)
         return lambda values, step: [writer.add_scalar(key, value, step) for key, value in values.items()]
     if name == "wandb":
         import wandb
@@ -401,7 +405,10 @@ def open_tracker(name: str | None, out: Path, settings: Settings) -> Callable[[d
 
 
 def validate(model: DreamBoothLoss, loss_of, sets: list[Latents], num_timesteps: int, settings: Settings) -> dict:
-    """The loss on noise and timesteps that are the same at every step: unlike the training loss, this curve falls."""
+    """The loss on noise and timesteps that are the same at every step: unlike the training loss, this curve is smooth.
+
+    It is measured on the training pictures themselves, so it shows learning, and not when to stop: look at samples.
+    """
     draw = draw_step(sets, VALIDATION_EXAMPLES, num_timesteps, settings.seed, VALIDATION_STEP)
     with torch.no_grad():
         instance, *prior = loss_of(model, draw, slice(None)).tolist()
@@ -416,7 +423,7 @@ def draw_preview(sd: StableDiffusion, prompts: list[str], path: Path, autocast) 
             images = sd.generate(prompts)
         with written_whole(path) as temporary:
             save_png(grid(images, len(images)), temporary, " | ".join(prompts))
-    except (torch.OutOfMemoryError, InputError) as error:
+    except (RuntimeError, InputError) as error:  # out of memory is a RuntimeError
         tqdm.write(f"no preview this time: {error}", file=sys.stderr)
     finally:
         sd.vae.to("cpu")
@@ -435,15 +442,15 @@ def open_metrics(path: Path, step: int) -> TextIO:
 
 def main(settings: Settings) -> None:
     # One process, or one per GPU: torchrun tells each of them which of how many it is.
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and torch.cuda.is_available() and settings.device in ("auto", "cuda"):
+        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        require(here <= gpus, f"torchrun started {here} processes on {gpus} GPUs; use --nproc_per_node {gpus}")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
     device, dtype = choose_device(settings.device, settings.precision)
-    if device.type == "cuda" and world > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    if world > 1:  # patient enough for ranks that wait while one draws class images or writes a checkpoint
+    autocast = partial(torch.autocast, device.type, dtype) if dtype != torch.float32 else nullcontext
+    if world_size > 1:  # patient enough for ranks that wait while one draws class images or writes a checkpoint
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
-    stop = StopSignal()
 
     # The model, in fp32 whatever the precision: a step of 1e-6 would be lost in the 8 bits of a bf16 weight.
     require(bool(settings.images), "--images is missing; expected a folder with 3 to 6 pictures of your subject")
@@ -454,62 +461,70 @@ def main(settings: Settings) -> None:
     out = Path(settings.out)
 
     # The pictures. inputs.png shows what the model sees: is the subject in the middle, and whole?
-    pictures, skipped = read_pictures(Path(settings.images))
-    reasons = f" (skipped {'; '.join(skipped)})" if skipped else ""
-    require(bool(pictures), f"--images {settings.images}: no picture in it{reasons}; expected JPEG or PNG files")
-    instance_images = [fit(image, sd.resolution) for image in pictures.values()]
-    own = list(read_pictures(Path(settings.class_dir))[0].values()) if settings.class_dir else []
-    own = own[: settings.class_images]  # class pictures that you brought; the model draws the rest
+    instance_pictures, remarks = read_pictures(Path(settings.images), sd.resolution)
+    require(bool(instance_pictures),
+            f"--images {settings.images}: no picture in it; expected JPEG or PNG files. {'; '.join(remarks)}")
+    own_pictures: dict[str, Image.Image] = {}  # class pictures that you bring; the model draws the rest
+    if settings.class_dir:
+        own_pictures, own_remarks = read_pictures(Path(settings.class_dir), sd.resolution)
+        remarks += own_remarks
+    digest = hashlib.sha256()
+    for image in (*instance_pictures.values(), *own_pictures.values()):
+        digest.update(image.tobytes())
+    class_prompt = a_photo_of(settings.class_noun)
+    key = class_images_key(sd, class_prompt, settings.seed, weights)
     if rank == 0:
-        digest = hashlib.sha256(b"".join(image.tobytes() for image in instance_images)).hexdigest()[:12]
         check_disk(sd, settings, out)
-        claim(out, settings, {"world": world, "pictures": digest})
-        for line in skipped:
-            print(f"skipped {line}", file=sys.stderr)
-        for name, image in pictures.items():
-            if min(image.size) * 1.5 < sd.resolution:
-                print(f"{name} is only {image.width}x{image.height}: enlarged, it will look soft", file=sys.stderr)
+        claim(out, settings, {"world_size": world_size, "device": device.type, "precision": str(dtype),
+                              "pictures": digest.hexdigest()[:12], "model": key})
+        for remark in remarks:
+            print(remark, file=sys.stderr)
         with written_whole(out / "inputs.png") as temporary:
-            save_png(grid(instance_images, min(len(instance_images), 5)), temporary, ", ".join(pictures))
+            sheet = grid(list(instance_pictures.values()), min(len(instance_pictures), 5))
+            save_png(sheet, temporary, ", ".join(instance_pictures))
         print(memory_plan(sd, settings, dtype), file=sys.stderr)
-    if world > 1:
+    if world_size > 1:
         dist.barrier()
+        require((out / "config.json").exists(), f"{out} is not visible to process {rank}; put it on a shared disk")
+    stop = StopSignal()
 
     # The class pictures: what the model now draws for the class, to hold it to that.
     instance_prompt = f"a photo of {settings.identifier} {settings.class_noun}"
-    class_prompt = a_photo_of(settings.class_noun)
-    prompts, images = [instance_prompt], [instance_images]
+    prompts, image_sets = [instance_prompt], [list(instance_pictures.values())]
     if settings.prior_weight > 0:
-        folder = Path(settings.class_dir or out / "class_images") / class_images_key(sd, class_prompt, settings.seed, weights)
-        paths = [folder / f"{i:05d}.png" for i in range(settings.class_images - len(own))]
+        class_images = list(own_pictures.values())[: settings.class_images]
+        folder = Path(settings.class_dir or out / "class_images") / key
+        paths = [folder / f"{i:05d}.png" for i in range(settings.class_images - len(class_images))]
         with autocast():
-            make_class_images(sd, class_prompt, paths, settings.seed, rank, world, stop)
+            make_class_images(sd, class_prompt, paths, settings.seed, rank, world_size, stop)
         prompts.append(class_prompt)
-        images.append([fit(image, sd.resolution) for image in own + [open_picture(path) for path in paths]])
+        image_sets.append(class_images + [fit(open_picture(path), sd.resolution) for path in paths])
     with autocast():
-        sets = [Latents.of(pictures, sd.vae, device) for pictures in images]
+        sets = [Latents.of(images, sd.vae, device) for images in image_sets]
     sd.vae.to("cpu")  # every picture is encoded now; previews bring it back for a moment
 
     # The loss as one module, and its optimizer.
     model = DreamBoothLoss(sd, prompts, settings.freeze_text).to(memory_format=torch.channels_last)
     if settings.checkpointing:
-        for block in model.modules():
+        for block in model.modules():  # the models need not know: their blocks' forwards are wrapped from outside
             if isinstance(block, (ResnetBlock2D, Transformer2DModel, EncoderLayer)):
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if settings.compile:
         sd.unet.compile()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, settings.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    set_weights = torch.tensor([1.0, settings.prior_weight][: len(sets)], device=device)
+    set_weights = torch.tensor([1.0, settings.prior_weight] if len(sets) == 2 else [1.0], device=device)
 
     # Where we are: at step 0, or at the newest checkpoint.
     state: dict[str, object] = {"step": 0, "best_step": None, "best_loss": None}
     if settings.resume and saved_checkpoints(out):
         state = resume_checkpoint(model, optimizer, scaler, saved_checkpoints(out)[-1])
         require(state["step"] <= settings.steps,
-                f"--steps {settings.steps}: the run in {out} is at step {state['step']} already")
-    parallel = DistributedDataParallel(model) if world > 1 else model
+                f"--steps {settings.steps}: the run in {out} is at step {state['step']} already; give more")
+    parallel = model
+    if world_size > 1:
+        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def loss_of(module: nn.Module, draw: Draw, examples: slice) -> Tensor:
         """The loss of each set, from some examples of a draw."""
@@ -519,12 +534,13 @@ def main(settings: Settings) -> None:
 
     if rank == 0:
         metrics = open_metrics(out / "metrics.jsonl", state["step"])
-        track = open_tracker(settings.log, out, settings)
+        track = open_tracker(settings.log, out, settings, state["step"])
     batch, num_timesteps = settings.batch, sd.schedule.config.num_train_timesteps
-    examples_per_step = batch * settings.accumulate * world
+    examples_per_step = batch * settings.accumulate * world_size
     previews = [instance_prompt, f"{PLACEHOLDER} {settings.class_noun} on the moon",
                 f"{PLACEHOLDER} {settings.class_noun} in the snow", class_prompt]
-    sd.info = replace(sd.info, identifier=settings.identifier, class_noun=settings.class_noun)
+    sd.info = replace(sd.info, identifier=settings.identifier, class_noun=settings.class_noun,
+                      base=sd.info.base or {"name": weights.resolve().name, "license": "that of this model"})
 
     progress = tqdm(range(state["step"], settings.steps), f"teaching {instance_prompt!r}", unit="step",
                     initial=state["step"], total=settings.steps, disable=rank > 0)
@@ -535,16 +551,16 @@ def main(settings: Settings) -> None:
         for micro_step in range(settings.accumulate):
             first = (rank * settings.accumulate + micro_step) * batch
             last = micro_step == settings.accumulate - 1
-            with nullcontext() if last or world == 1 else parallel.no_sync():  # gradients meet once a step
+            with nullcontext() if last or world_size == 1 else parallel.no_sync():  # gradients meet once a step
                 losses = loss_of(parallel, draw, slice(first, first + batch)) / settings.accumulate
                 scaler.scale((losses * set_weights).sum()).backward()
-            report[:-1] += losses.detach() / world
+            report[:-1] += losses.detach() / world_size
         report[-1] = stop.asked
-        if world > 1:
+        if world_size > 1:
             dist.all_reduce(report)
         *losses, asked_to_stop = report.tolist()
         if not all(map(math.isfinite, losses)):
-            raise InputError(DIVERGED.format(step=step + 1, losses=losses, lr=settings.lr))
+            raise InputError(DIVERGED.format(step=step + 1, losses=losses, lr=settings.lr, out=out))
 
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(trained, 1.0)
@@ -564,10 +580,12 @@ def main(settings: Settings) -> None:
             values["lr"] = settings.lr
             if due or asked_to_stop:
                 values |= validate(model, loss_of, sets, num_timesteps, settings)
+                if not math.isfinite(values["validation_loss"]):
+                    raise InputError(DIVERGED.format(step=done, losses=values["validation_loss"], lr=settings.lr,
+                                                     out=out))
+            if due:
                 values |= {f"{part}_change": relative_change(getattr(model, part), weights, part)
                            for part in ("unet", "text_encoder")}
-                if not math.isfinite(values["validation_loss"]):
-                    raise InputError(DIVERGED.format(step=done, losses=values["validation_loss"], lr=settings.lr))
             if due and (state["best_loss"] is None or values["validation_loss"] <= state["best_loss"]):
                 state |= {"best_step": done, "best_loss": values["validation_loss"]}
             if settings.sample_every and done % settings.sample_every == 0:
@@ -581,7 +599,7 @@ def main(settings: Settings) -> None:
                 drop_checkpoints(out, settings.keep, state["best_step"])
         if asked_to_stop:
             break
-    if world > 1:
+    if world_size > 1:
         dist.barrier()  # nobody leaves, and has torchrun end the others, while rank 0 writes
 
     if state["step"] < settings.steps:
@@ -595,7 +613,7 @@ def main(settings: Settings) -> None:
         if state["best_step"] not in (None, state["step"]):
             print(f"The validation loss was lowest at step {state['best_step']}:\n\n    {command} "
                   f"{checkpoint_path(out, state['best_step'])}\n")
-    if world > 1:
+    if world_size > 1:
         dist.destroy_process_group()
 
 
@@ -612,14 +630,15 @@ if __name__ == "__main__":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
         parser.error(str(error))
-    except torch.OutOfMemoryError as error:
-        parser.exit(1, f"{parser.prog}: out of memory ({str(error).splitlines()[0]}). Try, in this order: "
-                       "--checkpointing (activations are recomputed), --batch 1 with more --accumulate, --freeze-text "
-                       "(for SD 1.x 1.5 GB less), --precision bf16\n")
     except OSError as error:
         parser.exit(1, f"{parser.prog}: {error}; once that is mended, --resume goes on\n")
     except RuntimeError as error:
-        if "closed by peer" not in str(error) and "reset by peer" not in str(error):
-            raise
-        parser.exit(1, f"{parser.prog}: another process of this run died, see its own message; once that is mended, "
-                       "--resume goes on from the last checkpoint\n")
+        reason = str(error).splitlines()[0]
+        if "out of memory" in reason or "allocate memory" in reason:
+            parser.exit(1, f"{parser.prog}: {reason}. Try, in this order: --precision bf16 (activations halve), "
+                           "--checkpointing (hardly any activations), --batch 1 with more --accumulate, --freeze-text "
+                           "(no gradients and moments of the text encoder); the plan above has the sizes\n")
+        if "closed by peer" in reason or "reset by peer" in reason:
+            parser.exit(1, f"{parser.prog}: another process of this run died, see its own message; once that is "
+                           "mended, --resume goes on from the last checkpoint\n")
+        raise

@@ -69,7 +69,7 @@ def test_pretraining_that_was_interrupted_ends_as_if_it_was_not(tmp_path: Path):
             torch.manual_seed(0)
             model = nn.Linear(4, 4)
 
-            def loss_of(rng: np.random.Generator) -> torch.Tensor:
+            def loss_of(model: nn.Module, rng: np.random.Generator) -> torch.Tensor:
                 if len(seen) == interrupted_at and len(steps) == 2 and not (out / "interrupted").exists():
                     (out / "interrupted").touch()
                     raise KeyboardInterrupt

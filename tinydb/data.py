@@ -16,9 +16,15 @@ ENCODE_BATCH = 4
 
 
 def open_picture(path: Path) -> Image.Image:
-    """An RGB picture, upright and without transparency; OSError or ValueError where the file is not one."""
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)  # phones store a turned picture and a note
+    """An RGB picture, upright and without transparency; ValueError says why a file is none."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)  # phones store a turned picture and a note
+    except UnidentifiedImageError:
+        hint = "convert it to JPEG first" if path.suffix.lower() in (".heic", ".heif") else "not a picture"
+        raise ValueError(hint) from None
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
+        raise ValueError(f"damaged ({error})") from None  # whatever the decoder of its format raises
     if image.mode.startswith("I"):  # 16 bits, which convert() would clip to white
         image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
@@ -27,22 +33,21 @@ def open_picture(path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_pictures(folder: Path) -> tuple[dict[str, Image.Image], list[str]]:
-    """The pictures in a folder, by file name and in its order, and one line on each file that is none.
-
-    Hidden files and folders inside are passed over.
-    """
+def read_pictures(folder: Path, size: int) -> tuple[dict[str, Image.Image], list[str]]:
+    """The pictures in a folder by file name, in order, each cut to its centre square of `size` pixels; and a line on
+    each file that is none, or too small. Hidden files and folders inside are passed over."""
     require(folder.is_dir(), f"{folder}: no such folder; expected one with pictures in it")
-    pictures, skipped = {}, []
+    pictures, remarks = {}, []
     for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
         try:
-            pictures[path.name] = open_picture(path)
-        except UnidentifiedImageError:
-            hint = "convert it to JPEG first" if path.suffix.lower() in (".heic", ".heif") else "not a picture"
-            skipped.append(f"{path.name}: {hint}")
-        except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
-            skipped.append(f"{path.name}: damaged ({error})")
-    return pictures, skipped
+            image = open_picture(path)
+        except ValueError as error:
+            remarks.append(f"{path.name} is skipped: {error}")
+            continue
+        if min(image.size) * 1.5 < size:
+            remarks.append(f"{path.name} is only {image.width}x{image.height}: enlarged to {size}, it will look soft")
+        pictures[path.name] = fit(image, size)
+    return pictures, remarks
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:
@@ -96,7 +101,7 @@ def draw_step(sets: list[Latents], count: int, num_timesteps: int, seed: int, st
     drawn = []
     for latents in sets:
         total = len(latents.mean)
-        # whole permutations, so that no picture comes twice before each came once
+        # whole permutations, so that within a step no picture comes twice before each came once
         order = torch.cat([torch.randperm(total, generator=generator) for _ in range(-(-count // total))])[:count]
         posterior_noise = torch.randn(latents.mean[order].shape, generator=generator)
         drawn.append(latents.mean[order] + latents.std[order] * posterior_noise)

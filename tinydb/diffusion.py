@@ -25,8 +25,8 @@ class NoiseSchedule:
 
     def coefficients(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alphas_cumprod_t) and sqrt(1 - alphas_cumprod_t), (B,) -> (B, 1, 1, 1) each, placed like `like`."""
-        alphas_cumprod = self.alphas_cumprod[timesteps.cpu()].to(like.device, like.dtype).view(-1, 1, 1, 1)
-        return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+        alphas_cumprod = self.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+        return alphas_cumprod.sqrt().to(like), (1 - alphas_cumprod).sqrt().to(like)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The forward process in one jump: x_t = sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t) noise."""
@@ -69,8 +69,8 @@ def ddim_step(schedule: NoiseSchedule, prediction: Tensor, latents: Tensor, time
     sigma = eta * ((1 - alpha_prev) / (1 - alpha_t) * (1 - alpha_t / alpha_prev)) ** 0.5  # equation 16
     latents = alpha_prev**0.5 * clean + (1 - alpha_prev - sigma**2) ** 0.5 * noise
     if eta > 0:
-        noise = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
-        latents = latents + sigma * noise.to(latents)
+        fresh = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
+        latents = latents + sigma * fresh.to(latents)
     return latents
 
 
@@ -96,9 +96,9 @@ def guided(model: Callable[[Tensor, Tensor, Tensor], Tensor], text_embeds: Tenso
 def sample(schedule: NoiseSchedule, denoiser: Callable[[Tensor, Tensor], Tensor], latents: Tensor, steps: int,
            eta: float = 0.0, generators: list[torch.Generator] | None = None) -> Iterator[Tensor]:
     """DDIM from pure noise `latents` (B, C, h, w); yields the latents after each step, the last ones the result."""
-    stride = schedule.config.num_train_timesteps // steps if steps > 0 else 0
-    for timestep in ddim_timesteps(schedule, steps):
-        timesteps = torch.full((len(latents),), timestep, device=latents.device)
-        prediction = denoiser(latents, timesteps)
+    timesteps = ddim_timesteps(schedule, steps)
+    stride = schedule.config.num_train_timesteps // steps
+    for timestep in timesteps:
+        prediction = denoiser(latents, torch.full((len(latents),), timestep, device=latents.device))
         latents = ddim_step(schedule, prediction, latents, timestep, timestep - stride, eta, generators)
         yield latents

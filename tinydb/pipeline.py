@@ -110,6 +110,7 @@ class StableDiffusion:
         guidance_scale = self.info.recipe.guidance if guidance_scale is None else guidance_scale
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
         latents = self.initial_latents(generators, size) if latents is None else latents
+        require(len(latents) == len(prompts), f"{len(latents)} latents for {len(prompts)} prompts; expected as many")
 
         def unet(noisy: Tensor, timesteps: Tensor, text_embeds: Tensor) -> Tensor:
             return self.unet(noisy.to(self.dtype), timesteps, text_embeds).float()
@@ -121,17 +122,20 @@ class StableDiffusion:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Clean latents (B, C, h, w) -> B pictures."""
-        parts = [self.vae.decode(part.to(self.dtype)) for part in latents.split(DECODE_BATCH)]
+        parts = [self.vae.decode(part.to(self.device, self.dtype)) for part in latents.split(DECODE_BATCH)]
         return to_images(torch.cat(parts))
 
-    def generate(self, prompts: str | list[str], **options) -> list[Image.Image]:
+    def generate(self, prompts: str | list[str], *, steps: int | None = None, guidance_scale: float | None = None,
+                 seed: int = 0, negative: str = "", size: tuple[int, int] | None = None, latents: Tensor | None = None,
+                 eta: float = 0.0) -> list[Image.Image]:
         """One picture for each prompt.
 
-        Options: `steps` of DDIM and `guidance_scale` (None: the model's recipe), `seed` (picture i uses seed + i),
-        `negative` prompt, `size` (width, height), `latents` (B, C, h, w) to start from instead of noise from the seed,
-        `eta` (0 deterministic, 1 as noisy as DDPM).
+        `steps` of DDIM and `guidance_scale` come from the model's recipe where they are None. Picture i starts from
+        noise of seed + i, or from `latents` (B, C, h, w) where given. `negative` is a prompt to steer away from, `size`
+        (width, height) in pixels, `eta` the fresh noise in each step: 0 none, 1 as much as DDPM.
         """
-        for latents in self.denoise(prompts, **options):
+        for latents in self.denoise(prompts, steps=steps, guidance_scale=guidance_scale, seed=seed, negative=negative,
+                                    size=size, latents=latents, eta=eta):
             pass
         return self.decode(latents)
 
@@ -147,13 +151,17 @@ class StableDiffusion:
         `dtype` None leaves each tensor as it is. `vae_from` is a model folder whose VAE files this one may share.
         """
         with written_whole(Path(folder)) as path:
-            self.save_settings(path)
-            for part in ("text_encoder", "unet"):
-                save_model(getattr(self, part), path, part, dtype)
-            if vae_from is None:
-                save_model(self.vae, path, "vae", dtype)
-            else:
-                shutil.copytree(vae_from / "vae", path / "vae", copy_function=link_or_copy, dirs_exist_ok=True)
+            self.write(path, dtype, vae_from)
+
+    def write(self, folder: Path, dtype: torch.dtype | None, vae_from: Path | None) -> None:
+        """Write the files of `save` into a folder that is there, or not yet."""
+        self.save_settings(folder)
+        for part in ("text_encoder", "unet"):
+            save_model(getattr(self, part), folder, part, dtype)
+        if vae_from is None:
+            save_model(self.vae, folder, "vae", dtype)
+        else:
+            shutil.copytree(vae_from / "vae", folder / "vae", copy_function=link_or_copy, dirs_exist_ok=True)
 
     def save_settings(self, folder: Path) -> None:
         """Write everything of a model folder but the weights."""

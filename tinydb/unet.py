@@ -1,4 +1,5 @@
-"""The UNet of Stable Diffusion (arXiv 2112.10752): noisy latents, a timestep and a text in, the predicted noise out.
+"""The UNet of Stable Diffusion (arXiv 2112.10752): noisy latents, a timestep and a text in; out comes what the noise
+schedule says is predicted, the noise or v.
 
     time_embedding --> every ResnetBlock2D        text_embeds --> every cross-attention
 
@@ -212,7 +213,7 @@ class UNet2DConditionModel(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
 
     def forward(self, latents: Tensor, timesteps: Tensor, text_embeds: Tensor) -> Tensor:
-        """latents (B, 4, H, W), timesteps (B,), text_embeds (B, T, C_text) -> prediction (B, 4, H, W)."""
+        """latents (B, C, H, W), timesteps (B,), text_embeds (B, T, C_text) -> prediction (B, C, H, W)."""
         temb = timestep_embedding(timesteps, self.config.block_out_channels[0])  # (B, C)
         temb = self.time_embedding(temb.to(latents.dtype))  # (B, 4 C)
 

@@ -149,7 +149,7 @@ def flush(path: Path) -> None:
     """Have the system put a file or a folder's list of names on the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a folder, and does not need to
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -170,6 +170,6 @@ def remove(path: Path) -> None:
 def link_or_copy(source: str, destination: str) -> None:
     """A second name for a file where the file system can, else a copy: frozen weights need no second place."""
     try:
-        os.link(source, destination)
+        os.link(os.path.realpath(source), destination)  # the hub's cache is made of symbolic links
     except OSError:
         shutil.copyfile(source, destination)

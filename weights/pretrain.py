@@ -1,7 +1,7 @@
 """Train the embedded model from nothing, on the world of world.py: first the autoencoder, then text encoder and UNet.
 
     python weights/pretrain.py                     # runs/pretrain, and at the end weights/tiny
-    python weights/pretrain.py --images 200 --vae-steps 20 --steps 20 --out runs/try --result runs/try/model
+    python weights/pretrain.py --images 200 --vae-steps 20 --steps 20 --out runs/try --result runs/try/tiny
 
 The same command continues a run that was interrupted. It runs unchanged on a GPU. OUT/*.png show how far it is.
 """
@@ -65,7 +65,7 @@ class Settings:
     """The command line."""
 
     out: str = option("runs/pretrain", "folder of scenes, checkpoints and previews")
-    result: str = option("weights/tiny", "model folder to write at the end")
+    result: str = option(str(Path(__file__).parent / "tiny"), "model folder to write at the end")
     images: int = option(30000, "scenes to render", type=int)
     vae_steps: int = option(7000, "steps of the autoencoder", type=int)
     decoder_steps: int = option(1600, "more steps of its decoder alone", type=int)
@@ -90,11 +90,11 @@ def draw_scenes(count: int, seed: int, out: Path) -> tuple[np.ndarray, list[Scen
     return np.load(path, mmap_mode="r"), scenes
 
 
-def train(name: str, model: nn.Module, loss_of: Callable[[np.random.Generator], Tensor], steps: int, lr: float,
+def train(name: str, model: nn.Module, loss_of: Callable[[nn.Module, np.random.Generator], Tensor], steps: int, lr: float,
           seed: int, out: Path, preview: Callable[[nn.Module], str]) -> nn.Module:
     """Train `model` in place and return its moving average, which is the better model.
 
-    `loss_of(rng)` draws a batch and returns the loss; the rng of a step depends on seed and step alone, so a run that
+    `loss_of(model, rng)` draws a batch and returns the loss; the rng of a step depends on seed and step alone, so a run that
     continues sees what it would have seen. `preview(average)` may draw pictures, and returns a line to print.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -111,10 +111,11 @@ def train(name: str, model: nn.Module, loss_of: Callable[[np.random.Generator], 
     progress = tqdm(range(start, steps), name, initial=start, total=steps, smoothing=0.02)
     smooth_loss = None
     for step in progress:
+        warmup = min(1, (step + 1) / 200)
         decay = 0.5 * (1 + math.cos(math.pi * max(0, 2 * step / steps - 1)))  # flat, then half a cosine to 0
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 200) * decay
-        loss = loss_of(np.random.default_rng([seed, step]))
+            group["lr"] = lr * warmup * decay
+        loss = loss_of(model, np.random.default_rng([seed, step]))
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1)
         optimizer.step()
@@ -124,7 +125,7 @@ def train(name: str, model: nn.Module, loss_of: Callable[[np.random.Generator], 
 
         if step % 20 == 0:
             smooth_loss = loss.item() if smooth_loss is None else 0.9 * smooth_loss + 0.1 * loss.item()
-            progress.set_postfix(loss=f"{smooth_loss:.4f}", lr=f"{group['lr']:.1e}")
+            progress.set_postfix(loss=f"{smooth_loss:.4f}", lr=f"{lr * warmup * decay:.1e}")
         if (step + 1) % 250 == 0 or step + 1 == steps:
             with written_whole(checkpoint) as temporary:
                 torch.save({"step": step + 1, "model": model.state_dict(), "average": average.state_dict(),
@@ -149,7 +150,7 @@ def train_vae(settings: Settings, pictures: np.ndarray, out: Path, device: torch
             if name.endswith(("conv2.weight", "to_out.0.weight")):
                 parameter.zero_()  # start with every residual branch silent
 
-    def loss_of(rng: np.random.Generator, batch: int, side: int) -> Tensor:
+    def loss_of(vae: AutoencoderKL, rng: np.random.Generator, batch: int, side: int) -> Tensor:
         chosen, corners = rng.integers(len(pictures), size=batch), rng.integers(SIZE - side + 1, size=(batch, 2))
         crops = np.stack([pictures[i, y : y + side, x : x + side] for i, (y, x) in zip(chosen, corners)])
         if rng.random() < 0.5:  # colours that the world lacks: subjects, photographs
@@ -178,7 +179,6 @@ def train_vae(settings: Settings, pictures: np.ndarray, out: Path, device: torch
     return train("decoder", vae, whole, settings.decoder_steps, settings.vae_lr / 2, settings.seed, out, preview)
 
 
-
 def make_tokenizer(words: list[str]) -> CLIPTokenizer:
     """A tokenizer in CLIP's layout in which each of `words` is one token; any other text falls into bytes."""
     characters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -193,8 +193,8 @@ def make_tokenizer(words: list[str]) -> CLIPTokenizer:
 @torch.inference_mode()
 def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, out: Path, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents of every picture, (N, C, h, w) each, kept in OUT and on the CPU."""
-    path = out / "latents.safetensors"
-    if not path.exists():
+    path = out / f"latents-{len(pictures)}.safetensors"
+    if not path.exists() or path.stat().st_mtime < (out / "vae.pt").stat().st_mtime:
         parts = [vae.encode(to_pixels(pictures[i : i + 64]).to(device, memory_format=torch.channels_last))
                  for i in tqdm(range(0, len(pictures), 64), "encoding the world")]
         with written_whole(path) as temporary:
@@ -212,18 +212,19 @@ def train_text_to_image(settings: Settings, sd: StableDiffusion, pictures: np.nd
     sd.vae.config = replace(VAE, scaling_factor=scaling)
     mean, std = mean * scaling, std * scaling
 
-    def loss_of(rng: np.random.Generator) -> Tensor:
+    def loss_of(model: nn.ModuleDict, rng: np.random.Generator) -> Tensor:
         batch = settings.batch
         chosen = torch.from_numpy(rng.integers(len(scenes), size=batch))
         captions = [caption(scenes[i], rng) if rng.random() > 0.1 else "" for i in chosen]  # "" for guidance
         # one timestep from each of `batch` equal ranges: the loss varies less from step to step
-        timesteps = torch.from_numpy((rng.permutation(batch) + rng.random(batch)) / batch * 1000).long().to(device)
+        spread = (rng.permutation(batch) + rng.random(batch)) / batch * SCHEDULE.num_train_timesteps
+        timesteps = torch.from_numpy(spread).long().to(device)
         noises = torch.from_numpy(rng.standard_normal((2, *mean[chosen].shape), np.float32))
         latents = (mean[chosen] + std[chosen] * noises[0]).to(device)
         noise = noises[1].to(device)
         noisy = sd.schedule.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        text_embeds = sd.text_encoder(sd.tokenizer.encode(captions).to(device))
-        return F.mse_loss(sd.unet(noisy, timesteps, text_embeds), sd.schedule.target(latents, noise, timesteps))
+        text_embeds = model["text_encoder"](sd.tokenizer.encode(captions).to(device))
+        return F.mse_loss(model["unet"](noisy, timesteps, text_embeds), sd.schedule.target(latents, noise, timesteps))
 
     def preview(average: nn.ModuleDict) -> str:
         shown = replace(sd, text_encoder=average["text_encoder"], unet=average["unet"])

@@ -71,7 +71,7 @@ class Settings:
     decoder_steps: int = option(1600, "more steps of its decoder alone", type=int)
     vae_batch: int = option(8, "crops a step", type=int)
     vae_lr: float = option(2e-3, "learning rate of the autoencoder", type=float)
-    steps: int = option(6500, "steps of text encoder and UNet", type=int)
+    steps: int = option(5000, "steps of text encoder and UNet", type=int)
     batch: int = option(16, "pictures a step", type=int)
     lr: float = option(1.2e-3, "learning rate of text encoder and UNet", type=float)
     seed: int = option(0, "decides everything random", type=int)
@@ -90,12 +90,12 @@ def draw_scenes(count: int, seed: int, out: Path) -> tuple[np.ndarray, list[Scen
     return np.load(path, mmap_mode="r"), scenes
 
 
-def train(name: str, model: nn.Module, loss_of: Callable[[nn.Module, np.random.Generator], Tensor], steps: int, lr: float,
-          seed: int, out: Path, preview: Callable[[nn.Module], str]) -> nn.Module:
+def train(name: str, model: nn.Module, loss_of: Callable[[nn.Module, np.random.Generator], Tensor], steps: int,
+          lr: float, seed: int, out: Path, preview: Callable[[nn.Module], str]) -> nn.Module:
     """Train `model` in place and return its moving average, which is the better model.
 
-    `loss_of(model, rng)` draws a batch and returns the loss; the rng of a step depends on seed and step alone, so a run that
-    continues sees what it would have seen. `preview(average)` may draw pictures, and returns a line to print.
+    `loss_of(model, rng)` draws a batch and returns the loss; the rng of a step depends on seed and step alone, so a run
+    that continues sees what it would have seen. `preview(average)` may draw pictures, and returns a line to print.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)

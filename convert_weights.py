@@ -26,7 +26,7 @@ from threading import Event, Thread
 import torch
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,7 +35,7 @@ from tinydb.config import (InputError, ModelInfo, Parser, PartConfig, ScheduleCo
 from tinydb.diffusion import NoiseSchedule
 from tinydb.pipeline import MODEL_INDEX, PARTS, StableDiffusion
 from tinydb.tokenizer import EOS, CLIPTokenizer
-from tinydb.weights import (WEIGHT_FILES, canonical_name, fit_model, read_tensors, refuse_pointer, save_model,
+from tinydb.weights import (WEIGHT_FILES, canonical_name, fit_model, read_tensors, refuse_pointer,
                             save_tensors, written_whole)
 
 PREFIXES = {"text_encoder": "cond_stage_model.", "unet": "model.diffusion_model.", "vae": "first_stage_model."}
@@ -455,16 +455,11 @@ def main(settings: Settings):
     require(free > size, f"{dst}: needs {size / 1e9:.1f} GB, {home} has {free / 1e9:.1f} GB free; make room, or use "
                          "--half")
 
-    try:
-        with written_whole(dst) as temporary, progress(temporary, size):
-            if dst.suffix == ".safetensors":
-                save_tensors(to_single_file(sd), temporary, dtype, tinydb=pack(sd))
-            else:
-                sd.save_settings(temporary)
-                for part in PARTS:
-                    save_model(getattr(sd, part), temporary, part, dtype)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{dst}: could not be written ({first_line(error)})") from None
+    with written_whole(dst) as temporary, progress(temporary, size):
+        if dst.suffix == ".safetensors":
+            save_tensors(to_single_file(sd), temporary, dtype, tinydb=pack(sd))
+        else:
+            sd.write(temporary, dtype)
     print(f"{dst}: written, {size / 1e9:.2f} GB")
 
 

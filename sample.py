@@ -21,6 +21,7 @@ from tinydb.pipeline import choose_device
 from tinydb.tokenizer import PLACEHOLDER
 
 TINY = Path(__file__).parent / "weights" / "tiny"
+GROUP = 4  # pictures drawn at once; guidance doubles it
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,15 @@ def main(settings: Settings):
 
     steps = sd.info.recipe.sample_steps if settings.steps is None else settings.steps
     guidance = sd.info.recipe.guidance if settings.guidance is None else settings.guidance
-    denoising = sd.denoise([settings.prompt] * settings.count, steps=steps, guidance_scale=guidance, seed=settings.seed,
-                           negative=settings.negative, size=size, eta=settings.eta)
-    for latents in tqdm(denoising, "drawing", total=steps, unit="step"):
-        pass
-    images = sd.decode(latents)
+    images = []
+    groups = [range(i, min(i + GROUP, settings.count)) for i in range(0, settings.count, GROUP)]
+    with tqdm(total=steps * len(groups), desc="drawing", unit="step") as progress:
+        for group in groups:
+            for latents in sd.denoise([settings.prompt] * len(group), steps=steps, guidance_scale=guidance,
+                                      seed=settings.seed + group[0], negative=settings.negative, size=size,
+                                      eta=settings.eta):
+                progress.update()
+            images += sd.decode(latents)
 
     paths, grid_path = output_paths(out, settings.prompt, settings.count)
     for i, (image, path) in enumerate(zip(images, paths)):

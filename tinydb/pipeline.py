@@ -153,7 +153,7 @@ class StableDiffusion:
         with written_whole(Path(folder)) as path:
             self.write(path, dtype, vae_from)
 
-    def write(self, folder: Path, dtype: torch.dtype | None, vae_from: Path | None) -> None:
+    def write(self, folder: Path, dtype: torch.dtype | None, vae_from: Path | None = None) -> None:
         """Write the files of `save` into a folder that is there, or not yet."""
         self.save_settings(folder)
         for part in ("text_encoder", "unet"):

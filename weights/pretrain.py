@@ -71,7 +71,7 @@ class Settings:
     decoder_steps: int = option(1600, "more steps of its decoder alone", type=int)
     vae_batch: int = option(8, "crops a step", type=int)
     vae_lr: float = option(2e-3, "learning rate of the autoencoder", type=float)
-    steps: int = option(5000, "steps of text encoder and UNet", type=int)
+    steps: int = option(5600, "steps of text encoder and UNet", type=int)
     batch: int = option(16, "pictures a step", type=int)
     lr: float = option(1.2e-3, "learning rate of text encoder and UNet", type=float)
     seed: int = option(0, "decides everything random", type=int)

@@ -110,9 +110,9 @@ def fill_with_junk(folder: Path) -> None:
 
 def test_junk_is_skipped_with_one_line_each(tmp_path):
     fill_with_junk(tmp_path)
-    pictures, skipped = read_pictures(tmp_path)
+    pictures, skipped = read_pictures(tmp_path, 16)
     assert list(pictures) == ["whole.jpg"]
-    reasons = dict(line.split(": ", 1) for line in skipped)
+    reasons = dict(line.split(" is skipped: ", 1) for line in skipped)
     assert reasons.keys() == {"truncated.jpg", "empty.png", "notes.txt", "IMG_1.HEIC"}
     assert reasons["empty.png"] == reasons["notes.txt"] == "not a picture"
     assert "convert it to JPEG" in reasons["IMG_1.HEIC"]
@@ -126,26 +126,26 @@ def test_damaged_avif_is_skipped(tmp_path):
     content = (tmp_path / "a.avif").read_bytes()
     start = content.index(b"mdat") + 4
     (tmp_path / "a.avif").write_bytes(content[:start] + b"\xff" * 20 + content[start + 20:])
-    pictures, skipped = read_pictures(tmp_path)
-    assert not pictures and skipped[0].startswith("a.avif: damaged")
+    pictures, skipped = read_pictures(tmp_path, 16)
+    assert not pictures and skipped[0].startswith("a.avif is skipped: damaged")
 
 
 def test_names_say_nothing_about_contents(tmp_path):
     picture().save(tmp_path / "really.heic", "PNG")
-    assert list(read_pictures(tmp_path)[0]) == ["really.heic"]
+    assert list(read_pictures(tmp_path, 16)[0]) == ["really.heic"]
 
 
 def test_pictures_come_in_the_order_of_their_names(tmp_path):
     for name in ("c.png", "a.png", "b.png"):
         picture().save(tmp_path / name)
-    assert list(read_pictures(tmp_path)[0]) == ["a.png", "b.png", "c.png"]
+    assert list(read_pictures(tmp_path, 16)[0]) == ["a.png", "b.png", "c.png"]
 
 
 @pytest.mark.parametrize("make", [lambda path: None, Path.touch], ids=["nothing", "file"])
 def test_no_such_folder(tmp_path, make: Callable[[Path], None]):
     make(tmp_path / "dogs")
     with pytest.raises(InputError, match="dogs: no such folder"):
-        read_pictures(tmp_path / "dogs")
+        read_pictures(tmp_path / "dogs", 16)
 
 
 # -------------------------------------------------------------------------- pictures to latents and back

@@ -214,9 +214,9 @@ def test_changed_pictures_are_refused(teach, begun, photos, tmp_path):
 def test_other_number_of_processes_is_refused(begun, nano, photos, tmp_path, teach):
     out = Path(shutil.copytree(begun, tmp_path / "out"))
     config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**config, "run": {**config["run"], "world": 2}}))
+    (out / "config.json").write_text(json.dumps({**config, "run": {**config["run"], "world_size": 2}}))
     text = refusal(teach, out, save_every=2, steps=4, resume=True)
-    assert "'world': 2" in text and "'world': 1" in text
+    assert "'world_size': 2" in text and "'world_size': 1" in text
 
 
 def test_steps_below_those_done_are_refused(teach, begun):
@@ -229,7 +229,7 @@ def test_other_keep_and_log_are_not_refused(teach, begun, tmp_path):
 
 
 def test_another_run_is_not_overwritten(teach, begun):
-    assert "not empty" in refusal(teach, begun, save_every=2, steps=2)
+    assert "holds a run" in refusal(teach, begun, save_every=2, steps=2)
 
 
 # -------------------------------------------------------------------------------------------- signals

@@ -67,7 +67,7 @@ def test_pretraining_that_was_interrupted_ends_as_if_it_was_not(tmp_path: Path):
     def run(out: Path, steps: list[int]) -> nn.Module:
         for _ in steps:
             torch.manual_seed(0)
-            model = nn.Linear(4, 4)
+            model = nn.Sequential(nn.Linear(4, 4))
 
             def loss_of(model: nn.Module, rng: np.random.Generator) -> torch.Tensor:
                 if len(seen) == interrupted_at and len(steps) == 2 and not (out / "interrupted").exists():
@@ -88,7 +88,7 @@ def test_pretraining_that_was_interrupted_ends_as_if_it_was_not(tmp_path: Path):
     (tmp_path / "twice").mkdir()
     once, twice = run(tmp_path / "once", [1]), run(tmp_path / "twice", [1, 2])
     assert (tmp_path / "twice" / "interrupted").exists()
-    assert torch.equal(once.weight, twice.weight) and torch.equal(once.bias, twice.bias)
+    assert torch.equal(once[0].weight, twice[0].weight) and torch.equal(once[0].bias, twice[0].bias)
 
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,11 @@ UNET = UNetConfig(sample_size=SIZE // VAE.factor, in_channels=8, out_channels=8,
                   up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
                   block_out_channels=(64, 128, 192), layers_per_block=1, cross_attention_dim=128,
                   attention_head_dim=4, norm_num_groups=16)
-TEXT = TextConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4)
+# 32 tokens are plenty for this world, and among 77 the few words would drown in padding
+TEXT = TextConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+                  max_position_embeddings=32)
+# at the UNet's learning rate the text encoder soon answers every prompt alike, and never recovers
+LR_SCALES = {"text_encoder": 0.1}
 # Stable Diffusion's schedule; v_prediction, since a small network learns the layout, decided at high noise, sooner
 SCHEDULE = ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                           prediction_type="v_prediction")
@@ -73,7 +77,7 @@ class Settings:
     vae_lr: float = option(2e-3, "learning rate of the autoencoder", type=float)
     steps: int = option(5600, "steps of text encoder and UNet", type=int)
     batch: int = option(16, "pictures a step", type=int)
-    lr: float = option(1.2e-3, "learning rate of text encoder and UNet", type=float)
+    lr: float = option(1e-3, "learning rate of text encoder and UNet", type=float)
     seed: int = option(0, "decides everything random", type=int)
     device: str = option("auto", "cpu, cuda, mps, ... or auto")
 
@@ -98,7 +102,9 @@ def train(name: str, model: nn.Module, loss_of: Callable[[nn.Module, np.random.G
     that continues sees what it would have seen. `preview(average)` may draw pictures, and returns a line to print.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    groups = [{"params": [p for p in part.parameters() if p.requires_grad], "scale": LR_SCALES.get(part_name, 1.0)}
+              for part_name, part in model.named_children()]
+    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average = deepcopy(model).requires_grad_(False)
     checkpoint, start = out / f"{name}.pt", 0
     if checkpoint.exists():
@@ -106,15 +112,16 @@ def train(name: str, model: nn.Module, loss_of: Callable[[nn.Module, np.random.G
         start = state["step"]
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        if start < steps:
+            optimizer.load_state_dict(state["optimizer"])
 
     progress = tqdm(range(start, steps), name, initial=start, total=steps, smoothing=0.02)
     smooth_loss = None
     for step in progress:
-        warmup = min(1, (step + 1) / 200)
+        warmup = min(1, (step + 1) / 100)
         decay = 0.5 * (1 + math.cos(math.pi * max(0, 2 * step / steps - 1)))  # flat, then half a cosine to 0
         for group in optimizer.param_groups:
-            group["lr"] = lr * warmup * decay
+            group["lr"] = group["scale"] * lr * warmup * decay
         loss = loss_of(model, np.random.default_rng([seed, step]))
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1)
@@ -187,7 +194,8 @@ def make_tokenizer(words: list[str]) -> CLIPTokenizer:
     bpe.train_from_iterator(words, trainers.BpeTrainer(end_of_word_suffix="</w>", show_progress=False))
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = characters + [c + "</w>" for c in characters] + [a + b for a, b in merges] + [BOS, EOS]
-    return CLIPTokenizer({token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges)
+    vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab, merges, max_length=TEXT.max_position_embeddings)
 
 
 @torch.inference_mode()
@@ -251,8 +259,8 @@ def main(settings: Settings):
     torch.manual_seed(settings.seed)
     text_encoder = CLIPTextModel(replace(TEXT, vocab_size=len(tokenizer.vocab), bos_token_id=bos,
                                          eos_token_id=eos, pad_token_id=eos)).to(device)
-    for embedding in text_encoder.text_model["embeddings"].values():
-        nn.init.normal_(embedding.weight, std=0.1)  # PyTorch's unit variance would drown the word in its position
+    # words keep PyTorch's unit variance: smaller ones drown in what the layers add, and all prompts become alike
+    nn.init.normal_(text_encoder.text_model["embeddings"]["position_embedding"].weight, std=0.1)
     unet = UNet2DConditionModel(UNET).to(device, memory_format=torch.channels_last)
     for block in unet.modules():
         if isinstance(block, ResnetBlock2D):

@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 import torch._dynamo  # noqa: F401, what the scripts import on the way: for the forks to have it
 import torch._refs  # noqa: F401
+import torch._subclasses.fake_tensor  # noqa: F401
 from torch import Tensor
 
 import sample  # noqa: F401

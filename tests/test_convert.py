@@ -102,7 +102,6 @@ def test_round_trip(ours, tmp_path, half):
     assert_same(folder, convert(file, tmp_path / "back"))
 
 
-@pytest.mark.skipif(not TINY.exists(), reason="weights/tiny is not there yet")
 def test_round_trip_of_the_embedded_model(tmp_path):
     folder = convert(TINY, tmp_path / "folder")
     assert_same(folder, convert(convert(folder, tmp_path / "tiny.safetensors"), tmp_path / "back"))
@@ -119,11 +118,10 @@ def test_folder_keeps_what_it_says(ours, pair, tmp_path):
     assert images[0].tobytes() == images[1].tobytes()
 
 
-def test_diffusers_opens_the_single_file(ours, pair, tmp_path):
-    """from_single_file, offline, gives the very tensors and picture of the folder."""
-    file = convert(ours, tmp_path / "model.safetensors")
-    single = StableDiffusionPipeline.from_single_file(str(file), config=str(ours), local_files_only=True)
-    folder = StableDiffusionPipeline.from_pretrained(ours)
+def assert_diffusers_takes_both_alike(model: Path, file: Path) -> None:
+    """from_single_file, offline, gives the very tensors and picture of from_pretrained."""
+    single = StableDiffusionPipeline.from_single_file(str(file), config=str(model), local_files_only=True)
+    folder = StableDiffusionPipeline.from_pretrained(model)
     images = []
     for pipeline in (single, folder):
         pipeline.set_progress_bar_config(disable=True)
@@ -134,6 +132,20 @@ def test_diffusers_opens_the_single_file(ours, pair, tmp_path):
         assert states[0].keys() == states[1].keys()
         assert all(states[0][name].equal(states[1][name]) for name in states[0])
     assert np.array_equal(*images)
+
+
+def test_diffusers_opens_the_single_file(ours, tmp_path):
+    assert_diffusers_takes_both_alike(ours, convert(ours, tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_diffusers_opens_what_was_trained(pairs, teach, tmp_path, kind):
+    """A converted folder, taught by train.py with the SD recipe, as a folder and as a single file."""
+    folder = convert(pairs(kind).folder, tmp_path / "converted")
+    model = teach(tmp_path / "run", weights=str(folder), steps=1, prior_weight=0.0, save_every=0) / "model"
+    before, after = (part_tensors(path, "unet") for path in (folder, model))
+    assert not all(before[name].equal(after[name]) for name in before)
+    assert_diffusers_takes_both_alike(model, convert(model, tmp_path / "trained.safetensors"))
 
 
 @pytest.mark.parametrize("kind, counts", [(SD1, (196, 686, 248)), (SD2, (280, 686, 248))], ids=["sd1.5", "sd2"])

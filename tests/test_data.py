@@ -110,9 +110,9 @@ def fill_with_junk(folder: Path) -> None:
 
 def test_junk_is_skipped_with_one_line_each(tmp_path):
     fill_with_junk(tmp_path)
-    pictures, skipped = read_pictures(tmp_path, 16)
+    pictures, remarks = read_pictures(tmp_path, 16)
     assert list(pictures) == ["whole.jpg"]
-    reasons = dict(line.split(" is skipped: ", 1) for line in skipped)
+    reasons = dict(line.split(" is skipped: ", 1) for line in remarks)
     assert reasons.keys() == {"truncated.jpg", "empty.png", "notes.txt", "IMG_1.HEIC"}
     assert reasons["empty.png"] == reasons["notes.txt"] == "not a picture"
     assert "convert it to JPEG" in reasons["IMG_1.HEIC"]
@@ -126,8 +126,8 @@ def test_damaged_avif_is_skipped(tmp_path):
     content = (tmp_path / "a.avif").read_bytes()
     start = content.index(b"mdat") + 4
     (tmp_path / "a.avif").write_bytes(content[:start] + b"\xff" * 20 + content[start + 20:])
-    pictures, skipped = read_pictures(tmp_path, 16)
-    assert not pictures and skipped[0].startswith("a.avif is skipped: damaged")
+    pictures, remarks = read_pictures(tmp_path, 16)
+    assert not pictures and remarks[0].startswith("a.avif is skipped: damaged")
 
 
 def test_names_say_nothing_about_contents(tmp_path):
@@ -139,6 +139,15 @@ def test_pictures_come_in_the_order_of_their_names(tmp_path):
     for name in ("c.png", "a.png", "b.png"):
         picture().save(tmp_path / name)
     assert list(read_pictures(tmp_path, 16)[0]) == ["a.png", "b.png", "c.png"]
+
+
+@pytest.mark.parametrize("size, remarked", [(16, False), (45, False), (46, True), (512, True)])
+def test_small_pictures_are_enlarged_and_named(tmp_path, size, remarked):
+    """From one and a half times on."""
+    picture(40, 30).save(tmp_path / "a.png")
+    pictures, remarks = read_pictures(tmp_path, size)
+    assert pictures["a.png"].size == (size, size)
+    assert ["a.png is only 40x30" in remark for remark in remarks] == [True] * remarked
 
 
 @pytest.mark.parametrize("make", [lambda path: None, Path.touch], ids=["nothing", "file"])

@@ -123,7 +123,7 @@ def test_picture_says_how_it_was_made(draw, nano, tmp_path):
     pictures = list(draw("[V] dog", weights=weights, count=2, seed=3, negative="blurry", size="24x16").values())
     assert pictures[2].text["parameters"] == (
         "[V] dog\nNegative prompt: blurry\n"
-        f"Steps: 3, Sampler: DDIM, CFG scale: 2.0, Seed: 4, Size: 24x16, Model: {weights}")
+        f"Steps: 3, Sampler: DDIM, CFG scale: 2.0, Seed: 4, Size: 24x16, Eta: 0.0, Model: {weights}")
     assert "2 pictures of: [V] dog" in pictures[0].text["parameters"]
 
 

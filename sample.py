@@ -7,6 +7,7 @@
 """
 
 import math
+import os
 import re
 import sys
 from dataclasses import MISSING, dataclass
@@ -73,11 +74,10 @@ def main(settings: Settings):
     require(settings.guidance is None or math.isfinite(settings.guidance),
             f"--guidance {settings.guidance}: expected a number, such as 7.5")
     out = Path(settings.out)
-    try:
-        (out.parent if out.suffix == ".png" else out).mkdir(parents=True, exist_ok=True)
-        require(not (out.suffix == ".png" and out.is_dir()), f"--out {out}: a folder; expected the name of a file")
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot be a folder there ({error.strerror}); choose another") from None
+    folder = out.absolute().parent if out.suffix == ".png" else out.absolute()
+    home = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    require(home.is_dir() and os.access(home, os.W_OK), f"--out {out}: {home} cannot be written to; choose another")
+    require(not (out.suffix == ".png" and out.is_dir()), f"--out {out}: a folder; expected the name of a file")
     size = parse_size(settings.size) if settings.size else None
     weights = Path(settings.weights) if settings.weights else newest_model()
     device, dtype = choose_device(settings.device, settings.precision)

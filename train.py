@@ -524,7 +524,7 @@ def main(settings: Settings) -> None:
                 f"--steps {settings.steps}: the run in {out} is at step {state['step']} already; give more")
     parallel = model
     if world_size > 1:
-        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def loss_of(module: nn.Module, draw: Draw, examples: slice) -> Tensor:
         """The loss of each set, from some examples of a draw."""

@@ -99,9 +99,9 @@ def small(kind: str) -> Kind:
                     ScheduleConfig(**schedule, prediction_type="v_prediction"), "!")
     if kind == "nano":  # 16 pixels wide, for tests that train: a step takes milliseconds
         return Kind(text_config(16),
-                    UNetConfig(sample_size=8, norm_num_groups=4, block_out_channels=(16, 16), layers_per_block=1,
+                    UNetConfig(sample_size=8, norm_num_groups=4, block_out_channels=(16, 16),
                                down_block_types=(plain, cross), up_block_types=(up_cross, up_plain),
-                               cross_attention_dim=16, attention_head_dim=2),
+                               layers_per_block=1, cross_attention_dim=16, attention_head_dim=2),
                     vae_config(4, 8), ScheduleConfig(**schedule), "<|endoftext|>")
     return Kind(text_config(32),
                 UNetConfig(**unet, down_block_types=(plain, cross, cross), cross_attention_dim=32,
@@ -196,8 +196,8 @@ def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tenso
 def nano(pairs) -> Path:
     """The folder of a model so small that a whole training costs less than importing torch."""
     folder = pairs("nano").folder
-    recipe = Recipe(steps=4, batch=2, lr=1e-3, class_images=5, class_steps=2, class_guidance=2.0, sample_steps=3,
-                    guidance=2.0)
+    recipe = Recipe(steps=4, batch=2, lr=1e-3, class_images=5, class_steps=2, class_guidance=2.0,
+                    sample_steps=3, guidance=2.0)
     write_json(folder / "tinydb.json", ModelInfo(recipe=recipe).to_dict())
     return folder
 
@@ -214,8 +214,9 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """One thread, since another number of them moves last bits, and no signal handlers that outlive the test."""
-    threads, handlers = torch.get_num_threads(), {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    """One thread, since another number of them moves last bits; no signal handlers that outlive the test."""
+    threads = torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
@@ -227,15 +228,15 @@ def one_thread() -> Iterator[None]:
 def teach(nano, photos, one_thread) -> Callable[..., Path]:
     """train.py in this process: teach(out, **settings) returns `out`."""
     def run(out: Path, **settings: Any) -> Path:
-        given = {"images": str(photos), "class_noun": "dog", "weights": str(nano), "device": "cpu", **settings}
-        train.main(train.Settings(out=str(out), **given))
+        given = {"images": str(photos), "class_noun": "dog", "weights": str(nano), "device": "cpu"}
+        train.main(train.Settings(out=str(out), **{**given, **settings}))
         return out
     return run
 
 
 @pytest.fixture
 def command(tmp_path, one_thread, monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """A whole script in this process, in folder tmp_path: command(script, *arguments) -> exit code, stdout, stderr."""
+    """A whole script in this process, in tmp_path: command(script, *arguments) -> code, stdout, stderr."""
     def run(script: str, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         try:
@@ -251,7 +252,8 @@ def command(tmp_path, one_thread, monkeypatch, capsys) -> Callable[..., tuple[in
 
 def files(folder: Path) -> dict[str, bytes]:
     """The content of every file below a folder."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def difference(images: list[Image.Image], others: list[Image.Image]) -> int:

@@ -1,6 +1,6 @@
 """The scripts in processes of their own, where the process is the point: exit codes, stderr, signals, ranks.
 
-Each is forked from one process that has imported torch already, so it costs milliseconds where `python train.py` costs
+Each is forked from one process that has imported torch already: milliseconds, where `python train.py` costs
 seconds. Nothing here may import more than the scripts do: it is all imported again there.
 """
 
@@ -13,7 +13,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -36,10 +35,12 @@ def arguments(**settings: object) -> list[str]:
     """The command line of settings: resume=True, class_noun="dog" -> --resume --class=dog."""
     named = {{"class_noun": "--class"}.get(name, "--" + name.replace("_", "-")): value
              for name, value in settings.items()}
-    return [flag if value is True else f"{flag}={value}" for flag, value in named.items() if value is not False]
+    named = {flag: value for flag, value in named.items() if value is not False}
+    return [flag if value is True else f"{flag}={value}" for flag, value in named.items()]
 
 
-def run_script(script: str, argv: list[str], environment: dict[str, str], output: Path, prepare: Callable) -> None:
+def run_script(script: str, argv: list[str], environment: dict[str, str], output: Path,
+               prepare: Callable[[], None]) -> None:
     """What the forked process does: `python SCRIPT ARGV` with stdout and stderr in files."""
     for stream, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(output / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
@@ -88,7 +89,7 @@ def nothing() -> None:
 
 def start(output: Path, script: str, *argv: str, environment: dict[str, str] = {},
           prepare: Callable[[], None] = nothing) -> Script:
-    """Start a script whose stdout and stderr go into the folder `output`; `prepare` runs in its process first."""
+    """Start a script whose stdout and stderr go into folder `output`; `prepare` runs in its process first."""
     output.mkdir(parents=True, exist_ok=True)
     process = fork.Process(target=run_script, args=(script, argv, environment, output, prepare), daemon=True)
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT / "tests")])):
@@ -101,9 +102,11 @@ def start_ranks(world: int, output: Path, *argv: str, prepare: Callable[[], None
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [start(output / str(rank), "train.py", *argv, prepare=prepare,
-                  environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(world)]
+    size = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    ranks = [{**size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(i), "LOCAL_RANK": str(i)}
+             for i in range(world)]
+    return [start(output / rank["RANK"], "train.py", *argv, environment=rank, prepare=prepare)
+            for rank in ranks]
 
 
 def limit_file_size(limit: int) -> None:

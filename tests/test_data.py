@@ -47,7 +47,7 @@ def test_photograph_is_upright(tmp_path, orientation, suffix, tolerance):
 
 
 def translucent(mode: str) -> Image.Image:
-    """2x1 pixels: red, or grey where there is no colour, which is opaque at the left and hidden at the right."""
+    """2x1 pixels: red, or grey where there is no colour; opaque at the left and hidden at the right."""
     image = Image.new(mode, (2, 1), (200, 0, 0, 255) if mode == "RGBA" else (200, 255))
     image.putpixel((1, 0), (200, 0, 0, 0) if mode == "RGBA" else (200, 0))
     return image
@@ -72,7 +72,8 @@ def sixteen_bits(*values: int) -> Image.Image:
     ("P-transparent.png", palette(), {"transparency": 1}, [(200, 0, 0), (255, 255, 255)]),
     ("P-translucent.png", palette(), {"transparency": bytes([255, 128])}, [(200, 0, 0), (127, 172, 127)]),
     ("P-transparent.gif", palette(), {"transparency": 1}, [(200, 0, 0), (255, 255, 255)]),
-    ("RGB-transparent.png", Image.new("RGB", (2, 1), (9, 8, 7)), {"transparency": (9, 8, 7)}, [(255,) * 3] * 2),
+    ("RGB-transparent.png", Image.new("RGB", (2, 1), (9, 8, 7)), {"transparency": (9, 8, 7)},
+     [(255, 255, 255)] * 2),
     ("L.png", Image.new("L", (2, 1), 77), {}, [(77, 77, 77)] * 2),
     ("1.png", Image.new("1", (2, 1), 1), {}, [(255, 255, 255)] * 2),
     ("I;16.png", sixteen_bits(0x8080, 0xFFFF), {}, [(128, 128, 128), (255, 255, 255)]),
@@ -91,7 +92,8 @@ def test_every_mode_becomes_the_rgb_that_one_sees(tmp_path, name, image, options
 
 def test_multi_picture_jpeg_gives_its_first_picture(tmp_path):
     """What many phones and cameras write into a .jpg."""
-    picture().save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[Image.new("RGB", (40, 30))], quality=98)
+    second = Image.new("RGB", (40, 30))
+    picture().save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second], quality=98)
     assert Image.open(tmp_path / "a.jpg").format == "MPO"
     assert difference(open_picture(tmp_path / "a.jpg"), picture()) < 40
 

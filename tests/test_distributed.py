@@ -1,4 +1,4 @@
-"""Two processes do together what one does with twice the batch, and nothing hangs when one of them has trouble."""
+"""Two processes do together what one does with twice the batch; nothing hangs when one has trouble."""
 
 import json
 import os
@@ -22,8 +22,9 @@ STATE = "state.safetensors"
 def line(nano, photos, tmp_path):
     """line(out, **settings) -> the command line of a run with few class images."""
     def build(out: str, **settings) -> list[str]:
-        given = {"images": photos, "class_noun": "dog", "weights": nano, "device": "cpu", "out": tmp_path / out}
-        return arguments(**{**given, "batch": 1, "steps": 1, "save_every": 2, **settings})
+        given = {"images": photos, "class_noun": "dog", "weights": nano, "out": tmp_path / out,
+                 "device": "cpu", "batch": 1, "steps": 1, "save_every": 2}
+        return arguments(**{**given, **settings})
     return build
 
 
@@ -37,7 +38,7 @@ def succeed(runs: list[Script]) -> None:
 
 
 def gradient(out: Path) -> torch.Tensor:
-    """The clipped gradient of a run's only step, all of it in one vector: Adam's first moment after it is 0.1 of it."""
+    """The clipped gradient of a run's only step, in one vector: Adam's first moment after it is 0.1 of it."""
     saved = load_file(out / "checkpoints" / "step-000001" / STATE)
     return 10 * torch.cat([saved[name].flatten() for name in sorted(saved) if name.startswith("exp_avg.")])
 
@@ -50,7 +51,8 @@ def wait_for_steps(out: Path, runs: list[Script]) -> None:
     """Until some steps are done."""
     until = time.monotonic() + 100
     while not (out / "metrics.jsonl").exists() or len(metrics(out)) < 2:
-        assert time.monotonic() < until and all(run.process.is_alive() for run in runs), [run.stderr for run in runs]
+        assert all(run.process.is_alive() for run in runs), [run.stderr for run in runs]
+        assert time.monotonic() < until
         time.sleep(0.01)
 
 
@@ -61,8 +63,9 @@ def test_two_ranks_are_one_process_with_twice_the_batch(line, tmp_path, accumula
     succeed([start(tmp_path / "log", "train.py", *line("one", batch=2 * accumulate))])
     two, one = gradient(tmp_path / "two"), gradient(tmp_path / "one")
     assert (two - one).norm() < 1e-5 * one.norm() and one.norm() > 0.1
+    [reported], [expected] = metrics(tmp_path / "two"), metrics(tmp_path / "one")
     for name in ("instance_loss", "prior_loss", "validation_loss"):
-        assert metrics(tmp_path / "two")[0][name] == pytest.approx(metrics(tmp_path / "one")[0][name], rel=1e-5)
+        assert reported[name] == pytest.approx(expected[name], rel=1e-5)
     if accumulate == 1:
         succeed([start(tmp_path / "log", "train.py", *line("half", batch=1))])
         assert (gradient(tmp_path / "half") - one).norm() > 0.1 * one.norm()
@@ -72,7 +75,8 @@ def test_ranks_add_different_noise(line, tmp_path):
     """No noise comes twice, in any rank, step or micro-step, instance or class."""
     noted = tmp_path / "noted"
     noted.mkdir()
-    succeed(start_ranks(2, tmp_path / "log", *line("out", accumulate=2, steps=3), prepare=partial(record_noise, noted)))
+    succeed(start_ranks(2, tmp_path / "log", *line("out", accumulate=2, steps=3),
+                        prepare=partial(record_noise, noted)))
     noise = [(noted / f"noise-{rank}.txt").read_text().split() for rank in (0, 1)]
     assert [len(values) for values in noise] == [2 * 2 * 3] * 2
     assert len(set(noise[0] + noise[1])) == 24
@@ -95,7 +99,7 @@ def test_more_ranks_than_groups_of_class_images(line, tmp_path):
 
 @pytest.mark.parametrize("asked", [[0, 1], [0], [1]], ids=["both", "first", "second"])
 def test_stop_of_any_rank_stops_all_and_the_run_resumes(line, tmp_path, asked):
-    """All of them exit with 130 at the same step; the result is that of a run left alone, to the last byte."""
+    """All of them exit with 130 at the same step; in the end the bytes are those of a run left alone."""
     out = tmp_path / "out"
     runs = start_ranks(2, tmp_path / "log", *line("out", steps=1000, save_every=1000))
     wait_for_steps(out, runs)
@@ -130,8 +134,9 @@ def test_loss_that_is_not_finite_ends_all_ranks(line, tmp_path):
 
 def torchrun(*command: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           str(ROOT / "train.py"), *command], capture_output=True, text=True, env=environment)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.run([*launcher, str(ROOT / "train.py"), *command], capture_output=True, text=True,
+                          env=environment)
 
 
 def test_torchrun(line, tmp_path):

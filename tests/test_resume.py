@@ -44,7 +44,7 @@ def refusal(teach, out: Path, **settings) -> str:
 
 
 def assert_same_result(out: Path, expected: Path) -> None:
-    """Identical bytes: the model, the newest checkpoint with the optimizer's moments, and the losses on the way."""
+    """Identical bytes in the model and in the newest checkpoint; each step once in the metrics."""
     assert files(out / "model") == files(expected / "model")
     newest = checkpoints(expected)[-1]
     assert files(out / "checkpoints" / newest) == files(expected / "checkpoints" / newest)
@@ -81,10 +81,11 @@ def stopped(teach, out: Path, **settings) -> Path:
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"accumulate": 2}, {"sample_every": 1}, {"freeze_text": True}, {"prior_weight": 0.0}, {"precision": "bf16"},
-    {"save_every": 0}, {"checkpointing": True},
+    {}, {"accumulate": 2}, {"sample_every": 1}, {"freeze_text": True}, {"prior_weight": 0.0},
+    {"precision": "bf16"}, {"save_every": 0}, {"checkpointing": True},
 ], ids=lambda settings: " ".join(settings) or "plain")
-def test_stopped_and_resumed_run_ends_in_the_bytes_of_an_uninterrupted_one(teach, signal_at, tmp_path, settings):
+def test_stopped_and_resumed_run_ends_in_the_same_bytes(teach, signal_at, tmp_path, settings):
+    """As one that was left alone."""
     settings = {"save_every": 4, **settings}
     whole = teach(tmp_path / "whole", **settings)
     signal_at(1)  # too late for this step, in time for the next
@@ -165,7 +166,7 @@ def test_best_step_is_remembered(teach, tmp_path, monkeypatch, capsys):
 
 
 def test_moments_are_laid_out_like_their_weights(teach, nano, tmp_path):
-    """Fused AdamW pairs storages, not elements: row-major moments of a channels_last weight would be shuffled."""
+    """Fused AdamW pairs storages, not elements: row-major moments of such weights would be shuffled."""
     out = teach(tmp_path / "out", steps=2, save_every=2)
     model = train.DreamBoothLoss(tinydb.load(nano), ["a dog"], False).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -173,9 +174,10 @@ def test_moments_are_laid_out_like_their_weights(teach, nano, tmp_path):
                                     out / "checkpoints" / "step-000002")
     saved = load_file(out / "checkpoints" / "step-000002" / STATE)
     assert state["step"] == 2
-    weight = model.unet.conv_in.weight
-    assert weight.stride() == optimizer.state[weight]["exp_avg"].stride() != saved["exp_avg.unet.conv_in.weight"].stride()
-    assert torch.equal(optimizer.state[weight]["exp_avg"], saved["exp_avg.unet.conv_in.weight"])
+    weight, expected = model.unet.conv_in.weight, saved["exp_avg.unet.conv_in.weight"]
+    moment = optimizer.state[weight]["exp_avg"]
+    assert weight.stride() == moment.stride() != expected.stride()
+    assert torch.equal(moment, expected)
 
 
 # ----------------------------------------------------------------------------------------- what is refused
@@ -193,8 +195,8 @@ def begun(tmp_path_factory, nano, photos) -> Path:
 
 @pytest.mark.parametrize("name, before, now", [
     ("seed", 0, 1), ("lr", 1e-3, 2e-3), ("batch", 2, 3), ("accumulate", 1, 2), ("prior_weight", 1.0, 0.5),
-    ("class_images", 5, 6), ("class_noun", "dog", "cat"), ("identifier", "ohwx", "zwx"), ("freeze_text", False, True),
-    ("precision", "auto", "bf16"),
+    ("class_images", 5, 6), ("class_noun", "dog", "cat"), ("identifier", "ohwx", "zwx"),
+    ("freeze_text", False, True), ("precision", "auto", "bf16"),
 ])
 def test_changed_option_is_refused_with_both_values(teach, begun, name, before, now):
     settings = {"lr": 1e-3, name: now}  # the recipe has another rate for a frozen text encoder
@@ -284,8 +286,9 @@ def test_signals_save_and_exit_with_130(nano, photos, tmp_path, number):
 
 def assert_whole(out: Path, model_files: set[str]) -> None:
     """Every file and folder that has its final name can be read to its end."""
-    hidden = [path for path in out.rglob("*") if any(part.startswith(".") for part in path.relative_to(out).parts)]
-    for path in set(out.rglob("*")) - set(hidden):
+    for path in out.rglob("*"):
+        if any(part.startswith(".") for part in path.relative_to(out).parts):
+            continue
         if path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".safetensors":
@@ -300,7 +303,7 @@ def assert_whole(out: Path, model_files: set[str]) -> None:
 
 
 def test_killed_at_20_random_instants(nano, photos, tmp_path):
-    """And resumed each time: no file is ever half there, and the model's bytes are those of a run left alone."""
+    """And resumed each time: no file is ever half there; the model's bytes are those of a run left alone."""
     def run(out: Path, *more: str) -> Script:
         return start(tmp_path / "log", "train.py", *command_line(
             nano, photos, out, steps=5, save_every=1, keep=1, sample_every=2, class_images=9), *more)
@@ -331,7 +334,8 @@ def test_full_disk_leaves_the_last_checkpoint_whole(nano, photos, tmp_path):
     assert start(tmp_path / "log", "train.py", *settings(steps=2)).wait() == 0
     checkpoint = out / "checkpoints" / "step-000002"
     before, limit = files(checkpoint), (checkpoint / STATE).stat().st_size - 1
-    full = start(tmp_path / "log", "train.py", *settings(steps=4), "--resume", prepare=partial(limit_file_size, limit))
+    full = start(tmp_path / "log", "train.py", *settings(steps=4), "--resume",
+                 prepare=partial(limit_file_size, limit))
     assert full.wait() in (1, 2) and "Traceback" not in full.stderr
     last = full.message.split("\n")[-1]
     assert last.startswith("train.py: ") and "step-000004" in last and "could not be written" in last
@@ -365,7 +369,7 @@ class Killed(BaseException):
 
 
 def test_killed_around_a_checkpoint(teach, tmp_path, monkeypatch):
-    """Just before it is written, and just after: no step is missing in the metrics, and none is there twice."""
+    """Just before it is written, and just after: no step is missing in the metrics, none is there twice."""
     def killed(*arguments):
         raise Killed
 

@@ -18,7 +18,7 @@ from tinydb.pictures import grid
 
 @pytest.fixture
 def draw(nano, tmp_path):
-    """sample.py in this process, in folder tmp_path: draw(prompt, **settings) -> the pictures it wrote, by path."""
+    """sample.py in this process: draw(prompt, **settings) -> pictures, by path below tmp_path."""
     def run(prompt: str, **settings) -> dict[str, Image.Image]:
         given = {"weights": str(nano), "out": str(tmp_path / "out"), "device": "cpu", **settings}
         before = set(tmp_path.rglob("*.png"))
@@ -50,8 +50,9 @@ def test_same_command_gives_the_same_picture_bit_for_bit(draw):
     assert [image.tobytes() for image in first] == [image.tobytes() for image in second]
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"steps": 5}, {"guidance": 1.0}, {"negative": "cat"}, {"eta": 1.0}],
-                         ids=lambda change: next(iter(change)))
+@pytest.mark.parametrize("change", [
+    {"seed": 1}, {"steps": 5}, {"guidance": 1.0}, {"negative": "cat"}, {"eta": 1.0},
+], ids=lambda change: next(iter(change)))
 def test_every_option_counts(draw, change):
     [picture], [other] = draw("a dog").values(), draw("a dog", **change).values()
     assert difference([picture], [other]) > 0
@@ -91,8 +92,8 @@ def test_size_is_width_times_height(draw, size, expected):
 
 def test_folder_is_numbered_on(draw):
     """Nothing is overwritten, and the file is named after the prompt."""
-    assert list(draw("[V] dog, on the moon!", count=2)) == [
-        "out/0000-V-dog-on-the-moon-grid.png", "out/0000-V-dog-on-the-moon.png", "out/0001-V-dog-on-the-moon.png"]
+    assert list(draw("[V] dog, on!", count=2)) == [
+        "out/0000-V-dog-on-grid.png", "out/0000-V-dog-on.png", "out/0001-V-dog-on.png"]
     assert list(draw("a cat")) == ["out/0002-a-cat.png"]
     assert list(draw("x" * 200)) == [f"out/0003-{'x' * 60}.png"]
 
@@ -120,7 +121,8 @@ def test_paths_are_printed(draw, capsys, tmp_path):
 
 def test_picture_says_how_it_was_made(draw, nano, tmp_path):
     weights = str(taught(tmp_path / "taught", nano))
-    pictures = list(draw("[V] dog", weights=weights, count=2, seed=3, negative="blurry", size="24x16").values())
+    settings = {"count": 2, "seed": 3, "negative": "blurry", "size": "24x16"}
+    pictures = list(draw("[V] dog", weights=weights, **settings).values())
     assert pictures[2].text["parameters"] == (
         "[V] dog\nNegative prompt: blurry\n"
         f"Steps: 3, Sampler: DDIM, CFG scale: 2.0, Seed: 4, Size: 24x16, Eta: 0.0, Model: {weights}")
@@ -195,14 +197,15 @@ def test_warns_of_what_is_lost_once_the_placeholder_is_spelled_out(draw, nano, t
     (["--steps", "0"], ["steps 0", "1 to 999"]), (["--steps", "1000"], ["steps 1000", "1 to 999"]),
     (["--steps", "-2"], ["steps -2"]), (["--steps", "2.5"], ["--steps", "2.5"]),
     (["--guidance", "high"], ["--guidance", "high"]), (["--guidance", "nan"], ["--guidance nan"]),
-    (["--seed", "-1"], ["--seed -1", "0 or more"]), (["--seed", "18446744073709551616"], ["--seed", "1844674"]),
+    (["--seed", "-1"], ["--seed -1"]), (["--seed", "18446744073709551616"], ["--seed", "1844674"]),
     (["--eta", "1.5"], ["--eta 1.5", "0 (DDIM) to 1"]), (["--eta", "nan"], ["--eta nan"]),
     (["--size", "16"], ["--size 16", "WIDTHxHEIGHT"]), (["--size", "axb"], ["--size axb"]),
     (["--size", "15x16"], ["15x16", "multiples of 2"]), (["--size", "0x16"], ["0x16"]),
     (["--weights", "nowhere"], ["nowhere: no such folder"]), (["--weights", "."], ["model_index.json"]),
-    (["--device", "tpu9"], ["tpu9", "--device cpu"]), (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
-    (["--out", "file"], ["file", "folder"]), (["--out", "file/in"], ["file"]), (["--out", "file/in.png"], ["file"]),
-    (["--out", "folder.png"], ["folder.png"]),
+    (["--device", "tpu9"], ["tpu9", "--device cpu"]),
+    (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
+    (["--out", "file"], ["--out file", "folder"]), (["--out", "file/in"], ["--out file/in"]),
+    (["--out", "file/in.png"], ["--out file/in.png"]), (["--out", "folder.png"], ["--out folder.png"]),
     (["--stesp", "3"], ["--stesp"]), (["--see", "3"], ["--see"]), (["too", "many"], ["many"]),
 ], ids=lambda value: "=".join(value) if value[0].startswith("--") or value[0] == "-n" else "")
 def test_bad_option_gets_one_line(command, nano, tmp_path, arguments, words):
@@ -228,10 +231,11 @@ def test_help_tells_the_defaults(command):
 
 
 def test_from_another_folder_as_a_process(nano, tmp_path):
-    """Once as a user runs it: pictures and their paths, progress on stderr only; then one line and exit code 2."""
+    """As a user runs it: pictures and their paths, progress on stderr only; then one line and exit code 2."""
     call = [sys.executable, str(ROOT / "sample.py"), "[V] dog", "--weights", str(nano), "--device", "cpu"]
     done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "samples/0000-V-dog.png\n")
     assert "drawing" in done.stderr
     failed = subprocess.run([*call, "--steps", "0"], cwd=tmp_path, capture_output=True, text=True)
-    assert failed.returncode == 2 and "Traceback" not in failed.stderr and len(os.listdir(tmp_path / "samples")) == 1
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr
+    assert len(os.listdir(tmp_path / "samples")) == 1

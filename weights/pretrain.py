@@ -55,7 +55,7 @@ LR_SCALES = {"text_encoder": 0.1}
 SCHEDULE = ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                           prediction_type="v_prediction")
 # what DreamBooth on this model uses: two minutes on two cores
-RECIPE = Recipe(steps=200, batch=4, lr=3e-4, lr_freeze_text=5e-4, class_images=64, class_steps=20, class_guidance=3.0,
+RECIPE = Recipe(steps=220, batch=4, lr=2e-4, lr_freeze_text=3e-4, class_images=64, class_steps=20, class_guidance=3.0,
                 sample_steps=30, guidance=4.0)
 PREVIEW_PROMPTS = [
     "a red dog on the moon", "a blue cat on the beach", "a yellow spotted robot in the snow", "a green car at night",
@@ -75,7 +75,7 @@ class Settings:
     decoder_steps: int = option(1600, "more steps of its decoder alone", type=int)
     vae_batch: int = option(8, "crops a step", type=int)
     vae_lr: float = option(2e-3, "learning rate of the autoencoder", type=float)
-    steps: int = option(5600, "steps of text encoder and UNet", type=int)
+    steps: int = option(12000, "steps of text encoder and UNet", type=int)
     batch: int = option(16, "pictures a step", type=int)
     lr: float = option(1e-3, "learning rate of text encoder and UNet", type=float)
     seed: int = option(0, "decides everything random", type=int)

@@ -76,7 +76,7 @@ def main(settings: Settings):
     out = Path(settings.out)
     folder = out.absolute().parent if out.suffix == ".png" else out.absolute()
     home = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    require(home.is_dir() and os.access(home, os.W_OK), f"--out {out}: {home} cannot be written to; choose another")
+    require(home.is_dir() and os.access(home, os.W_OK), f"--out {out}: {home} is no folder to write in")
     require(not (out.suffix == ".png" and out.is_dir()), f"--out {out}: a folder; expected the name of a file")
     size = parse_size(settings.size) if settings.size else None
     weights = Path(settings.weights) if settings.weights else newest_model()

@@ -20,7 +20,7 @@ from tinydb.pictures import grid
 def draw(nano, tmp_path):
     """sample.py in this process: draw(prompt, **settings) -> pictures, by path below tmp_path."""
     def run(prompt: str, **settings) -> dict[str, Image.Image]:
-        given = {"weights": str(nano), "out": str(tmp_path / "out"), "device": "cpu", **settings}
+        given = {"weights": str(nano), "out": str(tmp_path / "out"), "device": "cpu", "count": 1, **settings}
         before = set(tmp_path.rglob("*.png"))
         sample.main(sample.Settings(prompt, **given))
         return {str(path.relative_to(tmp_path)): Image.open(path)
@@ -232,7 +232,7 @@ def test_help_tells_the_defaults(command):
 
 def test_from_another_folder_as_a_process(nano, tmp_path):
     """As a user runs it: pictures and their paths, progress on stderr only; then one line and exit code 2."""
-    call = [sys.executable, str(ROOT / "sample.py"), "[V] dog", "--weights", str(nano), "--device", "cpu"]
+    call = [sys.executable, str(ROOT / "sample.py"), "[V] dog", "-n", "1", "--weights", str(nano), "--device", "cpu"]
     done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "samples/0000-V-dog.png\n")
     assert "drawing" in done.stderr

@@ -325,6 +325,9 @@ def claim(out: Path, settings: Settings, run: dict[str, object]) -> None:
         for name, now in noted.items():
             require(before.get(name) == now or name in FREE_ON_RESUME,
                     f"--resume: {name} was {before.get(name)!r} and is now {now!r}; give what it was, or another --out")
+        done = max((int(path.name.removeprefix("step-")) for path in saved_checkpoints(out)), default=0)
+        require(done <= settings.steps,
+                f"--steps {settings.steps}: the run in {out} is at step {done} already; give more")
     else:
         started = (out / "model").exists() or saved_checkpoints(out)
         foreign = out.exists() and not config.exists() and any(p for p in out.glob("*") if not p.name.startswith("."))
@@ -520,8 +523,6 @@ def main(settings: Settings) -> None:
     state: dict[str, object] = {"step": 0, "best_step": None, "best_loss": None}
     if settings.resume and saved_checkpoints(out):
         state = resume_checkpoint(model, optimizer, scaler, saved_checkpoints(out)[-1])
-        require(state["step"] <= settings.steps,
-                f"--steps {settings.steps}: the run in {out} is at step {state['step']} already; give more")
     parallel = model
     if world_size > 1:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)

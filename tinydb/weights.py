@@ -160,7 +160,8 @@ def remove(path: Path) -> None:
     """Delete a file or a folder, if it is there; a folder loses its name first, so that half of one is never seen."""
     if path.is_dir():
         nameless = path.with_name(f".{path.name}.old")
-        shutil.rmtree(nameless, ignore_errors=True)  # what a killed run left
+        if nameless.exists():  # what a killed run left
+            shutil.rmtree(nameless)
         os.replace(path, nameless)
         shutil.rmtree(nameless)
     elif path.exists():

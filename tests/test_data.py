@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import difference
 from PIL import Image, features
 from torch import Tensor
 
@@ -26,12 +27,6 @@ def picture(width: int = 40, height: int = 30) -> Image.Image:
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def difference(image: Image.Image, other: Image.Image) -> int:
-    """The largest difference in grey levels."""
-    assert image.mode == other.mode == "RGB" and image.size == other.size
-    return np.abs(np.asarray(image, int) - np.asarray(other, int)).max()
-
-
 # --------------------------------------------------------------------------------- files to pictures
 
 
@@ -43,7 +38,7 @@ def test_photograph_is_upright(tmp_path, orientation, suffix, tolerance):
         stored = stored.transpose(turn)
     exif[ORIENTATION] = orientation
     stored.save(tmp_path / f"turned.{suffix}", exif=exif, quality=98, subsampling=0)
-    assert difference(open_picture(tmp_path / f"turned.{suffix}"), picture()) <= tolerance
+    assert difference([open_picture(tmp_path / f"turned.{suffix}")], [picture()]) <= tolerance
 
 
 def translucent(mode: str) -> Image.Image:
@@ -95,7 +90,7 @@ def test_multi_picture_jpeg_gives_its_first_picture(tmp_path):
     second = Image.new("RGB", (40, 30))
     picture().save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second], quality=98)
     assert Image.open(tmp_path / "a.jpg").format == "MPO"
-    assert difference(open_picture(tmp_path / "a.jpg"), picture()) < 40
+    assert difference([open_picture(tmp_path / "a.jpg")], [picture()]) < 40
 
 
 def fill_with_junk(folder: Path) -> None:
@@ -166,7 +161,7 @@ def test_no_such_folder(tmp_path, make: Callable[[Path], None]):
                                                 (64, 64, (0, 0, 64, 64)), (6, 8, (0, 1, 6, 7))])
 def test_fit_is_the_centre_square_in_lanczos(width, height, box):
     image = picture(width, height)
-    assert difference(fit(image, 16), image.resize((16, 16), Image.Resampling.LANCZOS, box)) == 0
+    assert difference([fit(image, 16)], [image.resize((16, 16), Image.Resampling.LANCZOS, box)]) == 0
 
 
 def test_pixels_and_back():
@@ -174,7 +169,7 @@ def test_pixels_and_back():
     pixels = to_pixels([image, Image.new("RGB", (8, 8), (0, 127, 255))])
     assert pixels.shape == (2, 3, 8, 8) and pixels.dtype == torch.float32
     torch.testing.assert_close(pixels[1, :, 3, 5], torch.tensor([-1, 127 / 127.5 - 1, 1]))
-    assert difference(to_images(pixels)[0], image) == 0
+    assert difference(to_images(pixels), [image]) == 0
 
 
 def test_pixels_out_of_range_are_clipped():

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import Pair, edit_json, edit_tensors, prefixed
+from conftest import Pair, difference, edit_json, edit_tensors, prefixed
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -16,12 +16,6 @@ import tinydb
 from tinydb.config import Recipe
 
 PROMPT = "a photo of ohwx dog"
-
-
-def difference(images: list[Image.Image], others: list[Image.Image]) -> int:
-    """The largest difference between two lists of pictures, in grey levels."""
-    assert [image.size for image in images] == [image.size for image in others]
-    return max(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() for a, b in zip(images, others))
 
 
 def starting_noise(pair: Pair, seed: int = 0) -> Tensor:

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import difference
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import nn
 
@@ -100,6 +102,22 @@ def test_the_folder_is_small_and_says_where_it_comes_from(tiny: tinydb.StableDif
     size = sum(path.stat().st_size for path in (ROOT / "weights" / "tiny").rglob("*") if path.is_file())
     assert size < 30e6
     assert tiny.info.class_noun is None and tiny.info.base["license"] == "MIT"
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_diffusers_opens_the_folder_and_draws_the_same_pictures(tiny: tinydb.StableDiffusion, tmp_path: Path, taught: bool):
+    """As shipped, and as train.py writes it: its own fp32 weights beside the fp16 autoencoder it started from."""
+    folder = ROOT / "weights" / "tiny"
+    if taught:
+        tiny.save(tmp_path / "model", vae_from=folder)
+        folder = tmp_path / "model"
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = ["a red dog on the moon", "a green teapot in the snow"]
+    latents = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = pipeline(prompts, num_inference_steps=10, guidance_scale=4.0, latents=latents).images
+    images = tinydb.load(folder).generate(prompts, steps=10, guidance_scale=4.0, latents=latents)
+    assert difference(images, expected) <= 2
 
 
 def test_the_autoencoder_reproduces_unseen_scenes(tiny: tinydb.StableDiffusion):

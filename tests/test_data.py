@@ -169,7 +169,7 @@ def test_pixels_and_back():
     pixels = to_pixels([image, Image.new("RGB", (8, 8), (0, 127, 255))])
     assert pixels.shape == (2, 3, 8, 8) and pixels.dtype == torch.float32
     torch.testing.assert_close(pixels[1, :, 3, 5], torch.tensor([-1, 127 / 127.5 - 1, 1]))
-    assert difference(to_images(pixels), [image]) == 0
+    assert difference(to_images(pixels)[:1], [image]) == 0
 
 
 def test_pixels_out_of_range_are_clipped():

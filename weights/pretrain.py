@@ -55,7 +55,7 @@ LR_SCALES = {"text_encoder": 0.1}
 SCHEDULE = ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                           prediction_type="v_prediction")
 # what DreamBooth on this model uses: two minutes on two cores
-RECIPE = Recipe(steps=220, batch=4, lr=2e-4, lr_freeze_text=3e-4, class_images=64, class_steps=20, class_guidance=3.0,
+RECIPE = Recipe(steps=180, batch=4, lr=2e-4, lr_freeze_text=3e-4, class_images=48, class_steps=20, class_guidance=3.0,
                 sample_steps=30, guidance=4.0)
 PREVIEW_PROMPTS = [
     "a red dog on the moon", "a blue cat on the beach", "a yellow spotted robot in the snow", "a green car at night",

@@ -221,12 +221,14 @@ def test_draw_leaves_the_global_generator_alone():
 
 
 def test_no_picture_comes_twice_before_each_came_once():
-    """Within a step and from step to step, for sets of any size."""
-    passes = torch.cat([drawn(4, step=step)[0][:, :, 0, 0, 0] for step in range(15)], dim=1)
-    for shown, pictures in zip(passes, ([0, 1, 2], [10, 11, 12, 13, 14])):
-        passes = shown.view(-1, len(pictures)).tolist()
-        assert all(sorted(one) == pictures for one in passes)
-        assert len({tuple(one) for one in passes}) > 5, "every pass is shuffled anew"
+    latents = drawn(7)[0][:, :, 0, 0, 0]
+    for group in (latents[0, :3], latents[0, 3:6]):
+        assert sorted(group.tolist()) == [0, 1, 2]
+    assert sorted(latents[1, :5].tolist()) == [10, 11, 12, 13, 14]
+
+
+def test_order_differs_from_step_to_step():
+    assert len({tuple(drawn(3, step=step)[0][0, :, 0, 0, 0].tolist()) for step in range(30)}) == 6
 
 
 def test_every_example_has_noise_and_a_timestep_of_its_own():

@@ -90,26 +90,19 @@ class Draw:
     timesteps: Tensor
 
 
-def generator_of(*key: int) -> torch.Generator:
-    """A CPU generator that depends on `key` alone."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]) >> 1)
-
-
 def draw_step(sets: list[Latents], count: int, num_timesteps: int, seed: int, step: int) -> Draw:
     """`count` examples from each of `sets` (instance, then class), with their noise and timesteps.
 
-    Everything depends on the arguments alone: a resumed run, and any split of the examples over processes and
-    micro-steps, sees the same numbers. The pictures of a set come in shuffled passes: none comes again before all came.
+    Everything comes from one CPU generator that depends on seed and step alone: a resumed run, and any split of the
+    examples over processes and micro-steps, sees the same numbers.
     """
-    generator = generator_of(seed, step)
-    first, end = step * count, (step + 1) * count
+    state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(state[0]) >> 1)
     drawn = []
-    for k, latents in enumerate(sets, 1):
+    for latents in sets:
         total = len(latents.mean)
-        passes = range(first // total, -(-end // total))
-        order = torch.cat([torch.randperm(total, generator=generator_of(seed, i, k)) for i in passes])
-        order = order[first % total :][:count]
+        # whole permutations, so that within a step no picture comes twice before each came once
+        order = torch.cat([torch.randperm(total, generator=generator) for _ in range(-(-count // total))])[:count]
         posterior_noise = torch.randn(latents.mean[order].shape, generator=generator)
         drawn.append(latents.mean[order] + latents.std[order] * posterior_noise)
     latents = torch.stack(drawn)

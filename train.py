@@ -399,10 +399,19 @@ def open_tracker(name: str | None, out: Path, settings: Settings, step: int) -> 
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(out / "tensorboard", purge_step=step)
-        return lambda values, step: [writer.add_scalar(key, value, step) for key, value in values.items()]
+
+        def log(values: dict[str, float], step: int) -> None:
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()  # however the run ends, its curves are there
+
+        return log
     if name == "wandb":
         import wandb
-        run = wandb.init(project="tinydb", dir=out, name=out.name, config=asdict(settings))
+        known = out / "wandb-run"  # a resumed run goes on in the same place
+        run = wandb.init(project="tinydb", dir=out, name=out.name, config=asdict(settings), resume="allow",
+                         id=known.read_text() if step and known.exists() else None)
+        known.write_text(run.id)
         return lambda values, step: run.log(values, step=step)
     return lambda values, step: None
 

@@ -434,14 +434,17 @@ def stub_tensorboard(calls: list) -> dict[str, types.ModuleType]:
         def add_scalar(self, name: str, value: float, step: int):
             calls.append((name, value, step))
 
+        def flush(self):
+            pass
+
     return {"tensorboard": module("tensorboard"),
             "torch.utils.tensorboard": module("torch.utils.tensorboard", SummaryWriter=SummaryWriter)}
 
 
 def stub_wandb(calls: list) -> dict[str, types.ModuleType]:
     def init(**settings):
-        calls.append(("start", settings["dir"]))
-        return types.SimpleNamespace(log=lambda values, step: calls.extend(
+        calls.append(("start", settings["dir"], settings["id"]))
+        return types.SimpleNamespace(id=settings["id"] or f"run-{len(calls)}", log=lambda values, step: calls.extend(
             (name, value, step) for name, value in values.items()))
 
     return {"wandb": module("wandb", init=init)}
@@ -456,6 +459,14 @@ def test_tracker_gets_what_metrics_hold(teach, tmp_path, monkeypatch, name, stub
     assert calls[0][0] == "start" and out in (calls[0][1], calls[0][1].parent)
     assert calls[1:] == [(key, value, line["step"]) for line in metrics(out)
                          for key, value in line.items() if key != "step"]
+
+
+def test_resumed_run_goes_on_in_the_same_wandb_run(teach, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setitem(sys.modules, "wandb", stub_wandb(calls)["wandb"])
+    for options in ({"steps": 1, "save_every": 1}, {"steps": 2, "save_every": 1, "resume": True}):
+        teach(tmp_path / "out", log="wandb", **options)
+    assert [call[2] for call in calls if call[0] == "start"] == [None, "run-1"]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

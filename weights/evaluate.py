@@ -1,0 +1,240 @@
+"""How well the model in the box follows a prompt, and what DreamBooth does to it, in numbers and pictures.
+
+    python weights/evaluate.py                # composition: 500 prompts, a third of them pairs that pretraining never saw
+    python weights/evaluate.py --quick        # 100 of them
+    python weights/evaluate.py --dreambooth   # teach it six subjects in several ways; the same command goes on with it
+
+A judge (judge.py) looks at every picture. Tables are printed as Markdown; OUT has the pictures.
+"""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import tinydb
+from tinydb.config import InputError, Parser, option, read_json, write_json
+from tinydb.data import fit, open_picture, to_pixels
+from tinydb.pictures import grid
+from tinydb.pipeline import StableDiffusion, choose_device
+from judge import ATTRIBUTES, Judge, draw_batch, load_judge
+from world import COLORS, PLACES, SUBJECTS, Scene, Subject, full_caption, phrase, render, sample_scene, scene_look
+
+BATCH = 20  # pictures drawn at once
+# Ways to teach a subject, by the options of train.py that differ from its recipe.
+ARMS = {"the recipe": [], "no prior loss": ["--prior-weight", "0"], "UNet alone": ["--freeze-text"]}
+STEP_FACTORS = (0.25, 0.5, 1, 2)  # of the recipe's steps, where the recipe is looked at on the way
+CLASS_PICTURES = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The command line."""
+
+    weights: str = option(str(ROOT / "weights" / "tiny"), "model folder to evaluate")
+    out: str = option("runs/evaluate", "folder for pictures, and for the results of the study")
+    guidance: float | None = option(None, "classifier-free guidance scale (default: the model's recipe)", type=float)
+    quick: bool = option(False, "a fifth of the prompts; two of the subjects")
+    dreambooth: bool = option(False, "the study of DreamBooth instead of composition")
+
+
+def draw(sd: StableDiffusion, prompts: list[str], guidance: float | None, name: str) -> list[Image.Image]:
+    """A picture for each prompt, picture i with seed i."""
+    images = []
+    with tqdm(total=len(prompts), desc=name, unit="picture") as progress:
+        for i in range(0, len(prompts), BATCH):
+            images += sd.generate(prompts[i : i + BATCH], guidance_scale=guidance, seed=i)
+            progress.update(len(images) - i)
+    return images
+
+
+def print_table(title: str, columns: list[str], rows: dict[str, list[str]]) -> None:
+    """A Markdown table."""
+    print(f"\n| {title} | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
+    for name, values in rows.items():
+        print(f"| {name} | {' | '.join(values)} |")
+
+
+# ---------------------------------------------------------------------------------------------- composition
+
+
+def attributes_of(scene: Scene) -> list[int]:
+    """What the judge should see in a scene: for each attribute the index of its value."""
+    values = (scene.noun, scene.color, scene.pattern, scene.place, "red hat" if scene.hat else "nothing")
+    return [names.index(value) for names, value in zip(ATTRIBUTES.values(), values)]
+
+
+def accuracy(judge: Judge, images: list[Image.Image], scenes: list[Scene]) -> list[float]:
+    """Percent of pictures that show each attribute of their scene, and all of them together."""
+    logits, _ = judge(to_pixels(images))
+    seen = torch.stack([values.argmax(1) for values in logits.values()], 1)
+    right = seen == torch.tensor([attributes_of(scene) for scene in scenes])
+    return [100 * column.float().mean().item() for column in (*right.T, right.all(1))]
+
+
+def composition(settings: Settings, sd: StableDiffusion, judge: Judge, out: Path) -> None:
+    """Prompts that name everything, drawn and judged; the last rows are the judge's view of real scenes."""
+    total = 100 if settings.quick else 500
+    rows = {}
+    for name, count, held_out in (("seen", total - total // 3, False), ("held out", total // 3, True)):
+        rng = np.random.default_rng(100 + held_out)
+        scenes = [sample_scene(rng, held_out) for _ in range(count)]
+        images = draw(sd, [full_caption(scene) for scene in scenes], settings.guidance, f"pairs {name}")
+        grid(images[:80], 10).save(out / f"{name.replace(' ', '-')}.png")
+        rows[f"pairs {name} ({count})"] = accuracy(judge, images, scenes)
+        rows[f"{name}, drawn by world.py"] = accuracy(judge, [render(scene, rng) for scene in scenes], scenes)
+    print_table("right, in percent", [*ATTRIBUTES, "all"],
+                {name: [f"{value:.1f}" for value in values] for name, values in rows.items()})
+
+
+# ------------------------------------------------------------------------------------------ the study
+
+
+def study_prompts(subject: Subject) -> list[tuple[str, dict[str, str]]]:
+    """Ten prompts for a subject, none of which its pictures answer, and what the judge should see for each."""
+    noun, new_places = subject.noun, [place for place in PLACES if place not in subject.places]
+    prompts = [(f"[V] {noun} {place}", {"place": place}) for place in new_places]
+    prompts += [(f"[V] {noun} {place} wearing a red hat", {"place": place, "topper": "red hat"})
+                for place in new_places[:2]]
+    prompts += [(f"a {color} [V] {noun} {place}", {"place": place, "color": color})
+                for color, place in zip(("red", "yellow", "black"), new_places[2:])]
+    return prompts
+
+
+def nearest(colors: Tensor, palette: list[tuple[int, int, int]]) -> Tensor:
+    """Colours (N, 3) in [0, 1] -> the index of the nearest in a palette of RGB in [0, 255]."""
+    return torch.cdist(colors, torch.tensor(palette, dtype=torch.float32) / 255).argmin(1)
+
+
+def shows_subject(judge: Judge, images: list[Image.Image], subject: Subject) -> dict[str, Tensor]:
+    """Whether each picture has the subject's noun, colour, kind of marking and colour of marking, and all four.
+
+    A colour is recovered if it is nearer to the subject's than to that of any thing that a caption can name.
+    """
+    look = subject.look
+    logits, (main, mark) = (answer := judge(to_pixels(images)))[0], answer[1].unbind(1)
+    named = [scene_look(Scene(subject.noun, color, look.marking, PLACES[0], False), np.random.default_rng(0))
+             for color in COLORS]
+    right = {"noun": logits["noun"].argmax(1) == ATTRIBUTES["noun"].index(subject.noun),
+             "colour": nearest(main, [look.main, *(other.main for other in named)]) == 0,
+             "marking": logits["pattern"].argmax(1) == ATTRIBUTES["pattern"].index(look.marking),
+             "its colour": nearest(mark, [look.mark, *(other.mark for other in named)]) == 0}
+    return right | {"all": torch.stack(list(right.values())).all(0)}
+
+
+def similarity_to(judge: Judge) -> Callable[[list[Image.Image], list[Image.Image]], Tensor]:
+    """A function of two lists of pictures: the cosine (N, M) between their features, less what all pictures share."""
+    center = judge.features(draw_batch(200, np.random.default_rng(2))[0]).mean(0)
+
+    def similarity(images: list[Image.Image], others: list[Image.Image]) -> Tensor:
+        a, b = (F.normalize(judge.features(to_pixels(pictures)) - center, dim=1) for pictures in (images, others))
+        return a @ b.T
+
+    return similarity
+
+
+def measure(folder: Path, name: str, per_prompt: int, judge: Judge, picture: Path) -> dict[str, float]:
+    """What the DreamBooth paper measures (arXiv 2208.12242, tables 1 and 3), of a model that was taught a subject.
+
+    In percent: subject fidelity (noun, colour, marking, its colour, all; "likeness" is the paper's DINO score with the
+    judge's features), prompt fidelity ("prompt": all that the prompt names besides the subject is there), and of plain
+    class prompts "drift" (pictures that show the subject's colour), PRES (their likeness to the subject, less is
+    better) and DIV (how far they are from one another, more is better).
+    """
+    subject, sd, similarity = SUBJECTS[name], tinydb.load(folder, choose_device("auto", "fp32")[0]), similarity_to(judge)
+    files = sorted((ROOT / "weights" / "subjects" / name).glob("*.png"))
+    photographs = [fit(open_picture(file), sd.resolution) for file in files]
+    asked = [(prompt, wanted) for prompt, wanted in study_prompts(subject) for _ in range(per_prompt)]
+    images = draw(sd, [prompt for prompt, _ in asked], None, f"{name}, {folder.name}")
+    class_images = draw(sd, [f"a photo of {phrase(subject.noun)}"] * CLASS_PICTURES, None, f"a {subject.noun}")
+    grid(images[::per_prompt] + class_images[:10], 10).save(picture)
+
+    recoloured = torch.tensor(["color" in wanted for _, wanted in asked])
+    fidelity = shows_subject(judge, images, subject)
+    logits, _ = judge(to_pixels(images))
+    prompt_right = torch.tensor([
+        all(ATTRIBUTES[attribute][logits[attribute][i].argmax()] == value for attribute, value in wanted.items())
+        for i, (_, wanted) in enumerate(asked)])
+    own = [image for image, other in zip(images, recoloured) if not other]
+    among = similarity(class_images, class_images)
+    numbers = {key: value[~recoloured] for key, value in fidelity.items()} | {
+        "likeness": similarity(own, photographs), "prompt": prompt_right,
+        "drift": shows_subject(judge, class_images, subject)["colour"],
+        "PRES": similarity(class_images, photographs), "DIV": 1 - among[~torch.eye(len(among), dtype=torch.bool)]}
+    return {key: 100 * value.float().mean().item() for key, value in numbers.items()}
+
+
+def teach(weights: Path, name: str, steps: int, save_every: int, options: list[str], out: Path) -> float:
+    """Run train.py (on, if it was interrupted) and return the seconds that it took."""
+    start = time.monotonic()
+    subprocess.run([sys.executable, ROOT / "train.py", "--images", ROOT / "weights" / "subjects" / name,
+                    "--class", SUBJECTS[name].noun, "--weights", weights, "--out", out, "--steps", str(steps),
+                    "--save-every", str(save_every), "--keep", "100", "--resume",
+                    "--class-dir", out.parent / f"class-{SUBJECTS[name].noun}", *options], check=True)
+    return time.monotonic() - start
+
+
+def study(settings: Settings, judge: Judge, out: Path) -> None:
+    """Teach each subject in each way, measure, print. Results are kept as they come; models are not."""
+    weights, path = Path(settings.weights), out / "results.json"
+    results: dict[str, dict[str, float]] = read_json(path) if path.exists() else {}
+    steps = tinydb.load(weights).info.recipe.steps
+    names = list(SUBJECTS)[: 2 if settings.quick else None]
+
+    def note(row: str, name: str, folder: Path, seconds: float) -> None:
+        if (key := f"{row}/{name}") not in results:
+            per_prompt = 4 if row == "the recipe" else 1
+            picture = out / f"{key.replace('/', '-').replace(' ', '-')}.png"
+            results[key] = measure(folder, name, per_prompt, judge, picture) | {"seconds": seconds}
+            write_json(path, results)
+
+    rows = ["before", *(f"{round(factor * steps)} steps" for factor in STEP_FACTORS if factor != 1), *ARMS]
+    for name in names:
+        note("before", name, weights, 0.0)
+        for arm, options in ARMS.items():
+            if f"{arm}/{name}" in results:
+                continue
+            run = out / f"{name}-{arm.replace(' ', '-')}"
+            factors = STEP_FACTORS if not options else (1,)
+            seconds = teach(weights, name, round(max(factors) * steps), round(min(factors) * steps), options, run)
+            for factor in sorted(factors, key=lambda factor: factor == 1):  # the arm itself last, when all is done
+                done = round(factor * steps)
+                row = arm if factor == 1 else f"{done} steps"
+                note(row, name, run / "checkpoints" / f"step-{done:06d}", seconds * factor / max(factors))
+            shutil.rmtree(run)
+
+    columns = list(next(iter(results.values())))
+    table = {row: [np.mean([results[f"{row}/{name}"][column] for name in names]) for column in columns] for row in rows}
+    print_table(f"mean of {len(names)} subjects", columns,
+                {row: [f"{value:.0f}" for value in values] for row, values in table.items()})
+
+
+@torch.no_grad()
+def main(settings: Settings):
+    out = Path(settings.out) / ("dreambooth" if settings.dreambooth else "composition")
+    out.mkdir(parents=True, exist_ok=True)
+    judge = load_judge()
+    if settings.dreambooth:
+        study(settings, judge, out)
+    else:
+        composition(settings, tinydb.load(settings.weights, choose_device("auto", "fp32")[0]), judge, out)
+
+
+if __name__ == "__main__":
+    parser = Parser(Settings, __doc__.splitlines()[0])
+    try:
+        main(Settings(**vars(parser.parse_args())))
+    except InputError as error:
+        parser.error(str(error))

@@ -1,0 +1,129 @@
+"""A judge of the embedded model's pictures: a small classifier that says what a picture of the world shows.
+
+    python weights/judge.py    # train it (ten minutes on two cores) into weights/judge.safetensors, and test it
+
+It learns from scenes with captions and from things in colours and markings that no caption names, drawn by world.py
+as they are needed, so it never sees a picture twice. The subjects are not among them.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tinydb.data import to_pixels
+from tinydb.weights import read_tensors, save_tensors, written_whole
+from world import COLORS, MARKINGS, NOUNS, PLACES, TOPPERS, Look, compose, sample_scene, scene_look
+
+FILE = Path(__file__).parent / "judge.safetensors"
+ATTRIBUTES = {"noun": NOUNS, "color": tuple(COLORS), "pattern": tuple(MARKINGS), "place": PLACES,
+              "topper": ("nothing", *TOPPERS)}
+UNKNOWN = -100  # the class that cross_entropy ignores: a colour that has no name
+STEPS, BATCH = 2000, 64
+
+
+class Judge(nn.Module):
+    """Pixels (B, 3, 64, 64) in [-1, 1] -> logits of each attribute, and the colours of the thing and of its marks."""
+
+    def __init__(self):
+        super().__init__()
+        widths = (3, 32, 64, 128, 160)
+        self.layers = nn.Sequential(*(
+            nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.SiLU()) for a, b in zip(widths, widths[1:])))
+        self.heads = nn.ModuleDict({name: nn.Linear(widths[-1], len(values)) for name, values in ATTRIBUTES.items()})
+        self.colors = nn.Linear(widths[-1], 6)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """(B, 3, 64, 64) -> (B, 160): what the heads look at."""
+        return self.layers(pixels).mean((2, 3))
+
+    def forward(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """-> logits (B, values) by attribute; colours (B, 2, 3) in [0, 1], of the thing and of its marks."""
+        features = self.features(pixels)
+        return {name: head(features) for name, head in self.heads.items()}, self.colors(features).view(-1, 2, 3)
+
+
+def load_judge() -> Judge:
+    """The judge in the box."""
+    judge = Judge()
+    judge.load_state_dict({name: tensor.float() for name, tensor in read_tensors(FILE).items()})
+    return judge.requires_grad_(False)
+
+
+def draw_example(rng: np.random.Generator) -> tuple[Image.Image, list[int], np.ndarray]:
+    """A picture, the index of each attribute's value, and the colours (2, 3) in [0, 1] of the thing and its marks."""
+    scene = sample_scene(rng, held_out=bool(rng.random() < 0.5))
+    look, color = scene_look(scene, rng), list(COLORS).index(scene.color)
+    if rng.random() < 0.5:  # a thing that no caption names
+        main, accent, mark, collar = (tuple(int(value) for value in rng.integers(256, size=3)) for _ in range(4))
+        look = Look(main, accent, mark, rng.choice(ATTRIBUTES["pattern"]), rng.choice([None, *TOPPERS]),
+                    collar if rng.random() < 0.5 else None, int(rng.integers(2)))
+        color = UNKNOWN
+    shown = [NOUNS.index(scene.noun), color, ATTRIBUTES["pattern"].index(look.marking), PLACES.index(scene.place),
+             ATTRIBUTES["topper"].index(look.topper or "nothing")]
+    return compose(scene.noun, look, scene.place, rng, 64), shown, np.array([look.main, look.mark], np.float32) / 255
+
+
+def draw_batch(count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels (count, 3, 64, 64), attributes (count, 5) and colours (count, 2, 3)."""
+    images, shown, colors = zip(*(draw_example(rng) for _ in range(count)))
+    return to_pixels(images), torch.tensor(shown), torch.from_numpy(np.stack(colors))
+
+
+def loss_of(judge: Judge, pixels: Tensor, shown: Tensor, colors: Tensor) -> Tensor:
+    """Cross entropy of the attributes, and the squared error of the colours (of marks only where there are any)."""
+    logits, guess = judge(pixels)
+    error = (guess - colors).square().mean(2)
+    error[:, 1] *= shown[:, 2] > 0
+    return sum(F.cross_entropy(values, shown[:, i]) for i, values in enumerate(logits.values())) + 10 * error.mean()
+
+
+def soften(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    """Blurred and noisy by chance, as the pictures of a small model are."""
+    noise = torch.from_numpy(rng.standard_normal(pixels.shape, np.float32))
+    blurred = F.avg_pool2d(pixels, 3, 1, 1, count_include_pad=False)
+    chosen = torch.from_numpy(rng.random((len(pixels), 1, 1, 1)) < 0.5)
+    return torch.where(chosen, blurred, pixels) + 0.1 * rng.random() * noise
+
+
+@torch.no_grad()
+def test(judge: Judge, count: int = 1000) -> dict[str, float]:
+    """Share of errors of each attribute on pictures with captions that training did not draw, in percent."""
+    rng = np.random.default_rng(1)
+    pixels, shown, _ = draw_batch(count, rng)
+    logits, _ = judge(pixels)
+    named = shown[:, 1] != UNKNOWN
+    return {name: 100 * (values.argmax(1) != shown[:, i])[named].float().mean().item()
+            for i, (name, values) in enumerate(logits.items())}
+
+
+def main():
+    torch.manual_seed(0)
+    judge = Judge()
+    optimizer = torch.optim.AdamW(judge.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, STEPS)
+    rng = np.random.default_rng(0)
+    progress = tqdm(range(STEPS), "teaching the judge")
+    for step in progress:
+        pixels, shown, colors = draw_batch(BATCH, rng)
+        loss = loss_of(judge, soften(pixels, rng), shown, colors)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 20 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+    with written_whole(FILE) as temporary:
+        save_tensors({name: tensor.half() for name, tensor in judge.state_dict().items()}, temporary)
+    for name, error in test(load_judge()).items():
+        print(f"{name:8} {error:.1f}% wrong")
+
+
+if __name__ == "__main__":
+    main()

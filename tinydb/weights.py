@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tinydb.config import InputError, PartConfig
 
@@ -80,6 +81,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from None
 
 
+class WithoutInit(TorchFunctionMode):
+    """Modules made under it leave their parameters as they are: torch.nn.init does nothing.
+
+    On the meta device its normal_ would import the whole of torch._dynamo, two seconds and 130 MB.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def load_model(model_class: type[Model], config: PartConfig, folder: Path, part: str, dtype: torch.dtype) -> Model:
     """Build a part and fill it from `folder/part`; one InputError lists every tensor that does not fit."""
     path = folder / part / WEIGHT_FILES[part]
@@ -94,7 +107,7 @@ def fit_model(model_class: type[Model], config: PartConfig, part: str, tensors: 
     The model is built on the meta device and adopts the mapped tensors, so nothing is initialised in vain.
     """
     state = canonical_names(part, tensors)
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutInit():
         model = model_class(config)
     expected = model.state_dict()
     problems = [f"missing {name} {tuple(expected[name].shape)}" for name in expected if name not in state]

@@ -7,6 +7,7 @@ Every row is a median, after one warm-up. "floor" is what the arithmetic (counte
 optimizer's memory traffic would take at the rates that this machine reached on a large matrix product and a large copy.
 """
 
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from tinydb.config import Parser, option  # noqa: E402
 from tinydb.data import Latents, draw_step, fit, open_picture, to_pixels  # noqa: E402
 
 TINY, SUBJECT = ROOT / "weights" / "tiny", ROOT / "weights" / "subjects" / "rex"
-INSTANCE_PROMPT, CLASS_PROMPT = "a photo of ohwx dog", "a photo of a dog"
+PROMPTS = ["a photo of ohwx dog", "a photo of a dog"]
 
 
 @dataclass(frozen=True)
@@ -63,16 +64,16 @@ def measured_rates() -> tuple[float, float]:
 # ------------------------------------------------------------------------------------------- training steps
 
 
-def photographs() -> list[Image.Image]:
-    """The subject's pictures as the model sees them."""
-    return [fit(open_picture(path), 64) for path in sorted(SUBJECT.glob("*.png"))]
+def pictures(folder: Path) -> list[Image.Image]:
+    """The pictures in a folder as the model sees them."""
+    return [fit(open_picture(path), 64) for path in sorted(folder.glob("*.png"))]
 
 
 def our_step(batch: int) -> Callable[[], None]:
     """What train.py does in a step."""
     sd = tinydb.load(TINY)
-    sets = [Latents.of(photographs(), sd.vae, torch.device("cpu")) for _ in range(2)]
-    loss = train.DreamBoothLoss(sd, [INSTANCE_PROMPT, CLASS_PROMPT], False).to(memory_format=torch.channels_last)
+    sets = [Latents.of(pictures(SUBJECT), sd.vae, torch.device("cpu")) for _ in range(2)]
+    loss = train.DreamBoothLoss(sd, PROMPTS, False).to(memory_format=torch.channels_last)
     trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, 2e-4, weight_decay=0.01, fused=True)
 
@@ -86,16 +87,16 @@ def our_step(batch: int) -> Callable[[], None]:
     return step
 
 
-def their_step(pipeline: StableDiffusionPipeline, sets: list[Tensor], batch: int,
+def their_step(pipeline: StableDiffusionPipeline, prompts: list[str], sets: list[Tensor], batch: int, lr: float,
                encode: bool = True) -> Callable[[], None]:
     """What diffusers' examples/dreambooth/train_dreambooth.py does in a step with prior preservation and
     --train_text_encoder, on the pixels (N, 3, H, W) of instance and class; `encode=False` leaves the VAE out."""
     unet, text_encoder, vae = pipeline.unet.train(), pipeline.text_encoder.train(), pipeline.vae.requires_grad_(False)
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     trained = [*unet.parameters(), *text_encoder.parameters()]
-    optimizer = torch.optim.AdamW(trained, 2e-4, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
-    ids = pipeline.tokenizer([INSTANCE_PROMPT] * batch + [CLASS_PROMPT] * batch, truncation=True, padding="max_length",
-                             max_length=pipeline.tokenizer.model_max_length, return_tensors="pt").input_ids
+    optimizer = torch.optim.AdamW(trained, lr, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+    ids = pipeline.tokenizer([prompt for prompt in prompts for _ in range(batch)], truncation=True,
+                             padding="max_length", return_tensors="pt").input_ids
     if not encode:
         with torch.no_grad():
             sets = [vae.encode(pixels).latent_dist.sample() for pixels in sets]
@@ -123,9 +124,9 @@ def their_step(pipeline: StableDiffusionPipeline, sets: list[Tensor], batch: int
 # ----------------------------------------------------------------------------------------------- sampling
 
 
-def their_pipeline() -> StableDiffusionPipeline:
-    """weights/tiny in diffusers, with DDIM and without a progress bar."""
-    pipeline = StableDiffusionPipeline.from_pretrained(TINY)
+def their_pipeline(weights: str | Path = TINY) -> StableDiffusionPipeline:
+    """A model folder in diffusers, with DDIM and without a progress bar."""
+    pipeline = StableDiffusionPipeline.from_pretrained(weights)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -134,13 +135,12 @@ def their_pipeline() -> StableDiffusionPipeline:
 def our_class_images(sd: tinydb.StableDiffusion, count: int, steps: int, guidance: float) -> None:
     """As train.py draws them."""
     for first in range(0, count, train.CLASS_GROUP):
-        sd.generate([CLASS_PROMPT] * train.CLASS_GROUP, steps=steps, guidance_scale=guidance, seed=first)
+        sd.generate([PROMPTS[1]] * train.CLASS_GROUP, steps=steps, guidance_scale=guidance, seed=first)
 
 
-def their_class_images(pipeline: StableDiffusionPipeline, count: int, steps: int = 50) -> list[Image.Image]:
-    """As train_dreambooth.py draws them: four at once."""
-    return [image for _ in range(0, count, 4)
-            for image in pipeline([CLASS_PROMPT] * 4, num_inference_steps=steps).images]
+def their_class_images(pipeline: StableDiffusionPipeline, prompt: str, count: int) -> list[Image.Image]:
+    """As train_dreambooth.py draws them: four at once, with the pipeline's 50 steps and guidance."""
+    return [image for _ in range(0, count, 4) for image in pipeline([prompt] * 4).images]
 
 
 # ----------------------------------------------------------------------------------------- whole processes
@@ -171,15 +171,22 @@ def process(*command: object) -> tuple[float, float]:
     return seconds, peak
 
 
-def their_job(out: Path, class_images: int, steps: int, batch: int) -> None:
-    """The whole of train_dreambooth.py's computation: class images at the pipeline's defaults, training, saving."""
+def their_job(weights: str, out: str, images: str, noun: str, class_images: str, steps: str, batch: str,
+              lr: str) -> None:
+    """The whole of train_dreambooth.py's computation: class images at the pipeline's defaults, training, saving.
+
+    `class_images` is how many of them, or a folder that has them already.
+    """
     torch.manual_seed(0)
-    pipeline = their_pipeline()
-    sets = [to_pixels(photographs()), to_pixels(their_class_images(pipeline, class_images))]
-    step = their_step(pipeline, sets, batch)
-    for _ in range(steps):
+    pipeline, class_prompt = their_pipeline(weights), train.a_photo_of(noun)
+    folder = Path(class_images)
+    drawn = pictures(folder) if folder.is_dir() else their_class_images(pipeline, class_prompt, int(class_images))
+    sets = [to_pixels(pictures(Path(images))), to_pixels(drawn)]
+    step = their_step(pipeline, [f"a photo of ohwx {noun}", class_prompt], sets, int(batch), float(lr))
+    for _ in range(int(steps)):
         step()
     pipeline.save_pretrained(out)
+    shutil.copy(Path(weights) / "tinydb.json", out)  # the recipe to sample with
 
 
 # ------------------------------------------------------------------------------------------------ the table
@@ -201,11 +208,11 @@ class Row:
 def rows(settings: Settings, folder: Path) -> list[Row]:
     """The table of the project's goals."""
     sd, pipeline, recipe = tinydb.load(TINY), their_pipeline(), tinydb.load(TINY).info.recipe
-    sets = [to_pixels(photographs())] * 2
+    sets = [to_pixels(pictures(SUBJECT))] * 2
     parameters = sum(p.numel() for part in (sd.unet, sd.text_encoder) for p in part.parameters())
 
     def step_row(name: str, batch: int, goal: float, encode: bool = True) -> Row:
-        ours, theirs = our_step(batch), their_step(their_pipeline(), sets, batch, encode)
+        ours, theirs = our_step(batch), their_step(their_pipeline(), PROMPTS, sets, batch, recipe.lr, encode)
         return Row(name, lambda: timed(ours), lambda: timed(theirs), goal, ours, 28 * parameters)
 
     def four(steps: int) -> Row:
@@ -216,8 +223,8 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
 
     def class_row(name: str, steps: int, guidance: float, goal: float) -> Row:
         ours = lambda: our_class_images(sd, settings.images, steps, guidance)  # noqa: E731
-        return Row(name, lambda: timed(ours), lambda: timed(lambda: their_class_images(pipeline, settings.images)),
-                   goal, ours, repeats=2)
+        theirs = lambda: their_class_images(pipeline, PROMPTS[1], settings.images)  # noqa: E731
+        return Row(name, lambda: timed(ours), lambda: timed(theirs), goal, ours, repeats=2)
 
     def sampling(index: int, steps: int) -> tuple[Callable[[], float], Callable[[], float]]:
         script = THEIR_START.replace("num_inference_steps=1", f"num_inference_steps={steps}")
@@ -225,7 +232,7 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
                                 "--out", folder)[index],
                 lambda: process("-c", script)[index])
 
-    counts = (recipe.class_images, recipe.steps, recipe.batch)
+    job = (SUBJECT, "dog", recipe.class_images, recipe.steps, recipe.batch, recipe.lr)
     jobs = iter(range(1000))
     return [
         step_row("step, batch 4+4", 4, 0.55),
@@ -239,7 +246,7 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
         Row("the whole job",
             lambda: process(ROOT / "train.py", "--images", SUBJECT, "--class", "dog", "--weights", TINY,
                             "--out", folder / f"job-{next(jobs)}")[0],
-            lambda: process(__file__, "--their-job", folder / "theirs", *counts)[0], 0.5, repeats=1),
+            lambda: process(__file__, "--their-job", TINY, folder / "theirs", *job)[0], 0.5, repeats=1),
     ]
 
 
@@ -272,6 +279,6 @@ def main(settings: Settings) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--their-job"]:
-        their_job(Path(sys.argv[2]), *map(int, sys.argv[3:]))
+        their_job(*sys.argv[2:])
     else:
         main(Settings(**vars(Parser(Settings, __doc__.splitlines()[0]).parse_args())))

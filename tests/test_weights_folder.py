@@ -1,5 +1,6 @@
 """The world, the recipe of the embedded model, and the model folder in the box."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from torch import nn
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "weights"))
+import evaluate  # noqa: E402
+import judge  # noqa: E402
 import pretrain  # noqa: E402
 import world  # noqa: E402
 
@@ -146,3 +149,37 @@ def test_a_prompt_decides_colour_and_place(tiny: tinydb.StableDiffusion):
     assert sky[:2].min() > sky[2:].max() + 0.3
     assert body[0, 0] - body[0, 2] > body[1, 0] - body[1, 2] + 0.3
     assert body[2, 0] - body[2, 2] > body[3, 0] - body[3, 2] + 0.3
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_judge_knows_what_a_scene_shows(held_out):
+    """At most 2% wrong in each attribute of real scenes; of captions that belong to others, most."""
+    rng = np.random.default_rng(7)
+    scenes = [world.sample_scene(rng, held_out) for _ in range(150)]
+    pictures = [world.render(scene, rng) for scene in scenes]
+    model = judge.load_judge()
+    assert min(evaluate.accuracy(model, pictures, scenes)) >= 98
+    assert evaluate.accuracy(model, pictures, scenes[1:] + scenes[:1])[-1] < 10
+
+
+@pytest.mark.parametrize("name", world.SUBJECTS)
+def test_judge_tells_a_subject_from_others_of_its_class(name):
+    subject, rng, model = world.SUBJECTS[name], np.random.default_rng(8), judge.load_judge()
+    own = [fit(world.render_subject(name, place, rng), 64) for place in world.PLACES]
+    others = [world.render(world.Scene(subject.noun, color, subject.look.marking, place, False), rng)
+              for color, place in zip(world.COLORS, world.PLACES)]
+    seen = evaluate.shows_subject(model, own + others, subject)["all"].float()
+    assert seen[: len(own)].mean() >= 0.9 and seen[len(own) :].mean() <= 0.1
+
+
+def test_prompts_of_the_study_ask_for_what_the_pictures_of_a_subject_do_not_show():
+    for subject in world.SUBJECTS.values():
+        prompts = evaluate.study_prompts(subject)
+        assert len(prompts) == len({prompt for prompt, _ in prompts}) == 10
+        assert not any(place in prompt for prompt, _ in prompts for place in subject.places)
+
+
+def test_start_is_not_slowed_by_what_it_does_not_need():
+    """torch._dynamo takes longer to import than torch itself."""
+    command = "import sys, tinydb; tinydb.load('weights/tiny'); sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT).returncode == 0

@@ -1,6 +1,6 @@
 """How well the model in the box follows a prompt, and what DreamBooth does to it, in numbers and pictures.
 
-    python weights/evaluate.py                # composition: 500 prompts, a third of them pairs that pretraining never saw
+    python weights/evaluate.py                # composition: 500 prompts, a third of them pairs it never saw
     python weights/evaluate.py --quick        # 100 of them
     python weights/evaluate.py --dreambooth   # teach it six subjects in several ways; the same command goes on with it
 
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,8 @@ from tinydb.data import fit, open_picture, to_pixels
 from tinydb.pictures import grid
 from tinydb.pipeline import StableDiffusion, choose_device
 from judge import ATTRIBUTES, Judge, draw_batch, load_judge
-from world import COLORS, PLACES, SUBJECTS, Scene, Subject, full_caption, phrase, render, sample_scene, scene_look
+from world import (COLORS, PLACES, SUBJECTS, Scene, Subject, compose, full_caption, phrase, render, sample_scene,
+                   scene_look)
 
 BATCH = 20  # pictures drawn at once
 # Ways to teach a subject, by the options of train.py that differ from its recipe.
@@ -113,27 +114,6 @@ def study_prompts(subject: Subject) -> list[tuple[str, dict[str, str]]]:
     return prompts
 
 
-def nearest(colors: Tensor, palette: list[tuple[int, int, int]]) -> Tensor:
-    """Colours (N, 3) in [0, 1] -> the index of the nearest in a palette of RGB in [0, 255]."""
-    return torch.cdist(colors, torch.tensor(palette, dtype=torch.float32) / 255).argmin(1)
-
-
-def shows_subject(judge: Judge, images: list[Image.Image], subject: Subject) -> dict[str, Tensor]:
-    """Whether each picture has the subject's noun, colour, kind of marking and colour of marking, and all four.
-
-    A colour is recovered if it is nearer to the subject's than to that of any thing that a caption can name.
-    """
-    look = subject.look
-    logits, (main, mark) = (answer := judge(to_pixels(images)))[0], answer[1].unbind(1)
-    named = [scene_look(Scene(subject.noun, color, look.marking, PLACES[0], False), np.random.default_rng(0))
-             for color in COLORS]
-    right = {"noun": logits["noun"].argmax(1) == ATTRIBUTES["noun"].index(subject.noun),
-             "colour": nearest(main, [look.main, *(other.main for other in named)]) == 0,
-             "marking": logits["pattern"].argmax(1) == ATTRIBUTES["pattern"].index(look.marking),
-             "its colour": nearest(mark, [look.mark, *(other.mark for other in named)]) == 0}
-    return right | {"all": torch.stack(list(right.values())).all(0)}
-
-
 def similarity_to(judge: Judge) -> Callable[[list[Image.Image], list[Image.Image]], Tensor]:
     """A function of two lists of pictures: the cosine (N, M) between their features, less what all pictures share."""
     center = judge.features(draw_batch(200, np.random.default_rng(2))[0]).mean(0)
@@ -145,15 +125,33 @@ def similarity_to(judge: Judge) -> Callable[[list[Image.Image], list[Image.Image
     return similarity
 
 
+def shows_subject(judge: Judge, images: list[Image.Image], subject: Subject) -> dict[str, Tensor]:
+    """Whether each picture has the subject's noun, its kind of marking, its colours, and all three.
+
+    Its colours: of the same thing drawn by world.py everywhere in the subject's own colours and in every colour that a
+    caption can name, marked and dressed alike, the picture that is most similar has the subject's own.
+    """
+    look, rng = subject.look, np.random.default_rng(3)
+    named = [replace(look, main=other.main, accent=other.accent, mark=other.mark) for other in (
+        scene_look(Scene(subject.noun, color, look.marking, PLACES[0], False), rng) for color in COLORS)]
+    drawn = [compose(subject.noun, each, place, rng, 64) for each in (look, *named) for place in PLACES]
+    logits, _ = judge(to_pixels(images))
+    right = {"noun": logits["noun"].argmax(1) == ATTRIBUTES["noun"].index(subject.noun),
+             "marking": logits["pattern"].argmax(1) == ATTRIBUTES["pattern"].index(look.marking),
+             "colours": similarity_to(judge)(images, drawn).argmax(1) < len(PLACES)}
+    return right | {"all": torch.stack(list(right.values())).all(0)}
+
+
 def measure(folder: Path, name: str, per_prompt: int, judge: Judge, picture: Path) -> dict[str, float]:
     """What the DreamBooth paper measures (arXiv 2208.12242, tables 1 and 3), of a model that was taught a subject.
 
-    In percent: subject fidelity (noun, colour, marking, its colour, all; "likeness" is the paper's DINO score with the
-    judge's features), prompt fidelity ("prompt": all that the prompt names besides the subject is there), and of plain
-    class prompts "drift" (pictures that show the subject's colour), PRES (their likeness to the subject, less is
+    In percent: subject fidelity (noun, marking, colours, all; "likeness" is the paper's DINO score with the judge's
+    features), prompt fidelity ("prompt": all that the prompt names besides the subject is there), and of plain
+    class prompts "drift" (pictures that show the subject's colours), PRES (their likeness to the subject, less is
     better) and DIV (how far they are from one another, more is better).
     """
-    subject, sd, similarity = SUBJECTS[name], tinydb.load(folder, choose_device("auto", "fp32")[0]), similarity_to(judge)
+    subject, similarity = SUBJECTS[name], similarity_to(judge)
+    sd = tinydb.load(folder, choose_device("auto", "fp32")[0])
     files = sorted((ROOT / "weights" / "subjects" / name).glob("*.png"))
     photographs = [fit(open_picture(file), sd.resolution) for file in files]
     asked = [(prompt, wanted) for prompt, wanted in study_prompts(subject) for _ in range(per_prompt)]
@@ -171,50 +169,58 @@ def measure(folder: Path, name: str, per_prompt: int, judge: Judge, picture: Pat
     among = similarity(class_images, class_images)
     numbers = {key: value[~recoloured] for key, value in fidelity.items()} | {
         "likeness": similarity(own, photographs), "prompt": prompt_right,
-        "drift": shows_subject(judge, class_images, subject)["colour"],
+        "drift": shows_subject(judge, class_images, subject)["colours"],
         "PRES": similarity(class_images, photographs), "DIV": 1 - among[~torch.eye(len(among), dtype=torch.bool)]}
     return {key: 100 * value.float().mean().item() for key, value in numbers.items()}
-
-
-def teach(weights: Path, name: str, steps: int, save_every: int, options: list[str], out: Path) -> float:
-    """Run train.py (on, if it was interrupted) and return the seconds that it took."""
-    start = time.monotonic()
-    subprocess.run([sys.executable, ROOT / "train.py", "--images", ROOT / "weights" / "subjects" / name,
-                    "--class", SUBJECTS[name].noun, "--weights", weights, "--out", out, "--steps", str(steps),
-                    "--save-every", str(save_every), "--keep", "100", "--resume",
-                    "--class-dir", out.parent / f"class-{SUBJECTS[name].noun}", *options], check=True)
-    return time.monotonic() - start
 
 
 def study(settings: Settings, judge: Judge, out: Path) -> None:
     """Teach each subject in each way, measure, print. Results are kept as they come; models are not."""
     weights, path = Path(settings.weights), out / "results.json"
     results: dict[str, dict[str, float]] = read_json(path) if path.exists() else {}
-    steps = tinydb.load(weights).info.recipe.steps
+    recipe = tinydb.load(weights).info.recipe
     names = list(SUBJECTS)[: 2 if settings.quick else None]
 
-    def note(row: str, name: str, folder: Path, seconds: float) -> None:
+    def note(row: str, name: str, folder: Path, seconds: float = 0.0) -> None:
         if (key := f"{row}/{name}") not in results:
             per_prompt = 4 if row == "the recipe" else 1
             picture = out / f"{key.replace('/', '-').replace(' ', '-')}.png"
             results[key] = measure(folder, name, per_prompt, judge, picture) | {"seconds": seconds}
             write_json(path, results)
 
-    rows = ["before", *(f"{round(factor * steps)} steps" for factor in STEP_FACTORS if factor != 1), *ARMS]
+    def run(script: str, *arguments: object) -> float:
+        start = time.monotonic()
+        subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], check=True, stdout=sys.stderr)
+        return time.monotonic() - start
+
     for name in names:
-        note("before", name, weights, 0.0)
+        noun, images = SUBJECTS[name].noun, ROOT / "weights" / "subjects" / name
+        class_dir = out / f"class-{noun}"
+        class_dir.mkdir(exist_ok=True)
+        note("before", name, weights)
         for arm, options in ARMS.items():
             if f"{arm}/{name}" in results:
                 continue
-            run = out / f"{name}-{arm.replace(' ', '-')}"
-            factors = STEP_FACTORS if not options else (1,)
-            seconds = teach(weights, name, round(max(factors) * steps), round(min(factors) * steps), options, run)
+            folder = out / f"{name}-{arm.replace(' ', '-')}"
+            factors = STEP_FACTORS if arm == "the recipe" else (1,)
+            seconds = run("train.py", "--images", images, "--class", noun, "--weights", weights, "--out", folder,
+                          "--class-dir", class_dir, "--steps", round(max(factors) * recipe.steps), "--keep", 100,
+                          "--save-every", round(min(factors) * recipe.steps), *options,
+                          *(["--resume"] if (folder / "config.json").exists() else []))
             for factor in sorted(factors, key=lambda factor: factor == 1):  # the arm itself last, when all is done
-                done = round(factor * steps)
-                row = arm if factor == 1 else f"{done} steps"
-                note(row, name, run / "checkpoints" / f"step-{done:06d}", seconds * factor / max(factors))
-            shutil.rmtree(run)
+                steps = round(factor * recipe.steps)
+                row = arm if factor == 1 else f"{steps} steps"
+                note(row, name, folder / "checkpoints" / f"step-{steps:06d}", seconds * factor / max(factors))
+            shutil.rmtree(folder)
+        if f"diffusers/{name}" not in results:  # its own training computation, on the same class images
+            [class_images] = class_dir.iterdir()
+            seconds = run("tests/benchmark.py", "--their-job", weights, out / "theirs", images, noun, class_images,
+                          recipe.steps, recipe.batch, recipe.lr)
+            note("diffusers", name, out / "theirs", seconds)
+            shutil.rmtree(out / "theirs")
 
+    rows = ["before", *(f"{round(factor * recipe.steps)} steps" for factor in STEP_FACTORS if factor != 1), *ARMS,
+            "diffusers"]
     columns = list(next(iter(results.values())))
     table = {row: [np.mean([results[f"{row}/{name}"][column] for name in names]) for column in columns] for row in rows}
     print_table(f"mean of {len(names)} subjects", columns,

@@ -178,6 +178,16 @@ class DreamBoothLoss(nn.Module):
         return squared_error.unflatten(0, (groups, -1)).mean(dim=(1, 2, 3, 4))
 
 
+def recompute_activations(model: nn.Module) -> None:
+    """Have each block keep its input alone and compute the rest anew in the backward pass; gradients stay the same.
+
+    The models need not know: their blocks' forwards are wrapped from outside.
+    """
+    for block in model.modules():
+        if isinstance(block, (ResnetBlock2D, Transformer2DModel, EncoderLayer)):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
 # -------------------------------------------------------------------------------------------- class images
 
 
@@ -346,6 +356,8 @@ def memory_plan(sd: StableDiffusion, settings: Settings, dtype: torch.dtype) -> 
     """The large things that training will hold, in GB, found by a pass over tensors that have a shape, no content."""
     with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         unet = type(sd.unet)(sd.unet.config)
+        if settings.checkpointing:
+            recompute_activations(unet)
         side, channels = sd.unet.config.sample_size, sd.unet.config.in_channels
         count = settings.batch * (2 if settings.prior_weight > 0 else 1)
         latents = torch.empty(count, channels, side, side)
@@ -363,9 +375,10 @@ def memory_plan(sd: StableDiffusion, settings: Settings, dtype: torch.dtype) -> 
         del prediction
     unet_bytes, text_bytes = (4 * sum(p.numel() for p in model.parameters()) for model in (sd.unet, sd.text_encoder))
     weights, trained = unet_bytes + text_bytes, unet_bytes + (0 if settings.freeze_text else text_bytes)
-    copies = 0 if dtype == torch.float32 else unet_bytes * dtype.itemsize // 4  # autocast's, kept for the backward pass
+    recast = dtype != torch.float32 and not settings.checkpointing  # autocast's copies, kept for the backward pass
+    copies = unet_bytes * dtype.itemsize // 4 if recast else 0
     plan = {"weights": weights, "gradients": trained, "optimizer": 2 * trained, "low-precision copies": copies,
-            "activations" + ", mostly recomputed" * settings.checkpointing: kept_bytes - copies}
+            "activations": kept_bytes - copies}
     text = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.items() if size)
     return f"memory in GB: {text}; in all {sum(plan.values()) / 1e9:.2f}"
 
@@ -518,9 +531,7 @@ def main(settings: Settings) -> None:
     # The loss as one module, and its optimizer.
     model = DreamBoothLoss(sd, prompts, settings.freeze_text).to(memory_format=torch.channels_last)
     if settings.checkpointing:
-        for block in model.modules():  # the models need not know: their blocks' forwards are wrapped from outside
-            if isinstance(block, (ResnetBlock2D, Transformer2DModel, EncoderLayer)):
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        recompute_activations(model)
     if settings.compile:
         sd.unet.compile()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

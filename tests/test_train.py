@@ -403,6 +403,8 @@ def test_memory_plan_of_stable_diffusion(pairs):
     assert "weights 3.93, gradients 3.44, optimizer 6.88" in frozen
     full, half = [float(re.search(r"activations ([\d.]+)", text)[1]) for text in (plan, frozen)]
     assert 1 < half < 0.6 * full
+    recomputed = train.memory_plan(sd, Settings(batch=1, checkpointing=True), torch.bfloat16)
+    assert 0.1 < float(re.search(r"activations ([\d.]+)", recomputed)[1]) < 0.3 * half
 
 
 def test_says_what_it_skipped_and_enlarged(teach, photos, tmp_path, capsys):

@@ -17,12 +17,12 @@ from tinydb.config import Parser
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"train.py": train, "sample.py": sample, "convert_weights.py": convert_weights}
-LINES = re.findall(r"^```\n(.*?)^```", README, re.M | re.S)
-COMMANDS = [shlex.split(part, comments=True) for block in LINES for line in block.splitlines() for part in
-            line.split("&&")]
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
+COMMANDS = [shlex.split(part, comments=True) for language, block in BLOCKS if not language
+            for line in block.splitlines() for part in line.split("&&")]
 COMMANDS += [shlex.split(inline) for inline in re.findall(r"`((?:python|torchrun) \w+\.py[^`]*)`", README)]
 OURS = [words for words in COMMANDS if words and words[0] in ("python", "torchrun") and SCRIPTS.keys() & set(words)]
-PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+PYTHON = [block for language, block in BLOCKS if language == "python"]
 
 
 def split(words: list[str]) -> tuple[str, list[str]]:

@@ -22,6 +22,7 @@ from tinydb.pipeline import choose_device
 from tinydb.tokenizer import PLACEHOLDER
 
 TINY = Path(__file__).parent / "weights" / "tiny"
+SAMPLERS = {"ddim": "DDIM", "dpm": "DPM++ 2M"}  # and their names in the metadata that other programs read
 GROUP = 4  # pictures drawn at once; guidance doubles it
 
 
@@ -32,12 +33,13 @@ class Settings:
     prompt: str = option(MISSING, "what to draw; [V] is the subject that train.py taught")
     weights: str | None = option(None, "model folder (default: the newest runs/*/model, else weights/tiny)")
     count: int = option(4, "pictures to draw, picture i with seed + i", type=int, flag="-n", metavar="N")
-    steps: int | None = option(None, "DDIM steps (default: the model's recipe)", type=int)
+    steps: int | None = option(None, "sampling steps (default: the model's recipe)", type=int)
     guidance: float | None = option(None, "classifier-free guidance scale, 1 is none (default: recipe)", type=float)
     seed: int = option(0, "decides the starting noise", type=int)
     size: str | None = option(None, "WIDTHxHEIGHT in pixels (default: what the model was trained on)")
     negative: str = option("", "what to steer away from")
-    eta: float = option(0.0, "fresh noise in each step: 0 is none (DDIM), 1 is DDPM's", type=float)
+    sampler: str = option("ddim", "dpm is DPM-Solver++ 2M, which needs fewer --steps", choices=tuple(SAMPLERS))
+    eta: float = option(0.0, "fresh noise in each step of DDIM: 0 is none, 1 is DDPM's", type=float)
     out: str = option("samples", "folder for the pictures, or the name of a .png")
     device: str = option("auto", "cpu, cuda, mps, ... or auto")
     precision: str = option("auto", "number format; auto is bf16 or fp16 on a GPU",
@@ -67,10 +69,21 @@ def output_paths(out: Path, prompt: str, count: int) -> tuple[list[Path], Path]:
     return [out / f"{first + i:04d}-{name}.png" for i in range(count)], out / f"{first:04d}-{name}-grid.png"
 
 
+def prompt_with_subject(prompt: str, noun: str) -> str:
+    """The prompt itself if it has both [V] and the class word, else the nearest one that has."""
+    subject = f"{PLACEHOLDER} {noun}"
+    classed = re.search(rf"(?:\b(?:a|an|the) )?\b{re.escape(noun)}\b", prompt)
+    if PLACEHOLDER in prompt:
+        return prompt if classed else prompt.replace(PLACEHOLDER, subject, 1)
+    return prompt[: classed.start()] + subject + prompt[classed.end() :] if classed else f"{subject}, {prompt}"
+
+
 def main(settings: Settings):
     require(settings.count > 0, f"-n {settings.count}: expected 1 or more")
     require(0 <= settings.seed < 2**32, f"--seed {settings.seed}: expected 0 to {2**32 - 1}")
     require(0 <= settings.eta <= 1, f"--eta {settings.eta}: expected 0 (DDIM) to 1 (DDPM)")
+    require(settings.eta == 0 or settings.sampler == "ddim",
+            f"--eta {settings.eta}: only --sampler ddim adds fresh noise; leave one of them out")
     require(settings.guidance is None or math.isfinite(settings.guidance),
             f"--guidance {settings.guidance}: expected a number, such as 7.5")
     out = Path(settings.out)
@@ -87,6 +100,11 @@ def main(settings: Settings):
     print(f"{weights} on {device}, {subject}", file=sys.stderr)
     if PLACEHOLDER in settings.prompt and not sd.info.class_noun:
         print(f"{weights} does not know what {PLACEHOLDER} is: teach it with train.py first", file=sys.stderr)
+    if sd.info.class_noun:
+        asked = settings.prompt.replace(sd.identifier, PLACEHOLDER)
+        asking = prompt_with_subject(asked, sd.info.class_noun)
+        if asking != asked:
+            print(f'this prompt does not ask for your {sd.info.class_noun}; one that does: "{asking}"', file=sys.stderr)
     for prompt in (settings.prompt, settings.negative):
         if dropped := sd.tokenizer.dropped(prompt.replace(PLACEHOLDER, sd.identifier)):
             print(f"the prompt is too long for the text encoder, which will not see: {dropped!r}", file=sys.stderr)
@@ -99,14 +117,15 @@ def main(settings: Settings):
         for group in groups:
             for latents in sd.denoise([settings.prompt] * len(group), steps=steps, guidance_scale=guidance,
                                       seed=settings.seed + group[0], negative=settings.negative, size=size,
-                                      eta=settings.eta):
+                                      sampler=settings.sampler, eta=settings.eta):
                 progress.update()
             images += sd.decode(latents)
 
     paths, grid_path = output_paths(out, settings.prompt, settings.count)
     for i, (image, path) in enumerate(zip(images, paths)):
-        about = {"Steps": steps, "Sampler": "DDIM", "CFG scale": guidance, "Seed": settings.seed + i,
-                 "Size": f"{image.width}x{image.height}", "Eta": settings.eta, "Model": str(weights)}
+        about = {"Steps": steps, "Sampler": SAMPLERS[settings.sampler], "CFG scale": guidance,
+                 "Seed": settings.seed + i, "Size": f"{image.width}x{image.height}", "Eta": settings.eta,
+                 "Model": str(weights)}
         save_png(image, path, describe(settings.prompt, settings.negative, **about))
         print(path)
     if settings.count > 1:

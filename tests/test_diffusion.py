@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from tinydb.config import InputError, ScheduleConfig
-from tinydb.diffusion import NoiseSchedule, ddim_step, ddim_timesteps, guided, sample
+from tinydb.diffusion import NoiseSchedule, ddim_step, guided, sample, timesteps_of
 
 STABLE_DIFFUSION = ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 V_PREDICTION = replace(STABLE_DIFFUSION, prediction_type="v_prediction")
@@ -75,7 +75,7 @@ def test_split_inverts_target(config):
 @pytest.mark.parametrize("steps", [1, 2, 7, 20, 30, 50, 333, 999])
 def test_ddim_timesteps(steps):
     expected = reference(STABLE_DIFFUSION, steps).timesteps.tolist()
-    assert ddim_timesteps(NoiseSchedule(STABLE_DIFFUSION), steps) == expected
+    assert timesteps_of(NoiseSchedule(STABLE_DIFFUSION), "ddim", steps) == expected
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1000])
@@ -105,17 +105,32 @@ def test_ddim_with_the_true_noise_arrives_at_the_clean_latents(config):
     def oracle(latents: Tensor, timesteps: Tensor) -> Tensor:
         return schedule.target(clean, noise, timesteps)
 
-    first = torch.full((len(clean),), ddim_timesteps(schedule, 20)[0])
+    first = torch.full((len(clean),), timesteps_of(schedule, "ddim", 20)[0])
     *_, latents = sample(schedule, oracle, schedule.add_noise(clean, noise, first), steps=20)
     zero = torch.zeros(len(clean), dtype=torch.long)
     torch.testing.assert_close(latents, schedule.add_noise(clean, noise, zero), rtol=0, atol=1e-4)
     assert (latents - clean).std() < 0.03
 
 
+@each_prediction
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 14, 15, 20, 50, 999])
+def test_dpm(config, steps):
+    """DPM-Solver++ as diffusers makes it of the scheduler of a Stable Diffusion folder, from noise to the end."""
+    def network(latents: Tensor, timesteps: Tensor) -> Tensor:
+        return (0.7 * latents).tanh() + (timesteps.view(-1, 1, 1, 1) / 300).sin()
+
+    theirs, expected = DPMSolverMultistepScheduler.from_config(reference(config).config), normal(0)
+    theirs.set_timesteps(steps)
+    assert timesteps_of(NoiseSchedule(config), "dpm", steps) == theirs.timesteps.tolist()
+    for timestep, ours in zip(theirs.timesteps, sample(NoiseSchedule(config), network, normal(0), steps, "dpm")):
+        expected = theirs.step(network(expected, timestep.expand(len(expected))), timestep, expected).prev_sample
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_sampling_leaves_the_starting_latents_alone(eta):
     schedule, start = NoiseSchedule(STABLE_DIFFUSION), normal(0)
-    latents = list(sample(schedule, lambda x, t: 0.1 * x, start, 3, eta, seeds(0, 1, 2)))
+    latents = list(sample(schedule, lambda x, t: 0.1 * x, start, 3, eta=eta, generators=seeds(0, 1, 2)))
     assert len(latents) == 3 and torch.equal(start, normal(0))
 
 

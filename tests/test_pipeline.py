@@ -1,13 +1,14 @@
 """A model folder in, pictures out: the same as diffusers draws, reproducible, and saved as it was loaded."""
 
 import json
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from conftest import Pair, difference, edit_json, edit_tensors, prefixed
-from diffusers import StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -56,6 +57,14 @@ def test_negative_prompt_and_eta(pairs):
     options = {"steps": 5, "guidance_scale": 3.0, "eta": 0.7, "seed": 9, "latents": latents}
     assert difference(pair.sd.generate(PROMPT, negative="the cat", **options), expected) <= 2
     assert difference(pair.sd.generate(PROMPT, **options), expected) > 2
+
+
+def test_dpm_draws_the_picture_that_diffusers_draws(pair):
+    latents, theirs = starting_noise(pair), copy(pair.reference)
+    theirs.scheduler = DPMSolverMultistepScheduler.from_config(theirs.scheduler.config, timestep_spacing="linspace")
+    expected = reference_images(theirs, latents, num_inference_steps=8, guidance_scale=7.5)
+    images = pair.sd.generate("a photo of [V] dog", steps=8, guidance_scale=7.5, latents=latents, sampler="dpm")
+    assert difference(images, expected) <= 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

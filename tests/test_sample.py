@@ -52,6 +52,7 @@ def test_same_command_gives_the_same_picture_bit_for_bit(draw):
 
 @pytest.mark.parametrize("change", [
     {"seed": 1}, {"steps": 5}, {"guidance": 1.0}, {"negative": "cat"}, {"eta": 1.0},
+    {"sampler": "dpm"},
 ], ids=lambda change: next(iter(change)))
 def test_every_option_counts(draw, change):
     [picture], [other] = draw("a dog").values(), draw("a dog", **change).values()
@@ -135,6 +136,11 @@ def test_picture_tells_its_eta(draw):
     assert "Eta: 0.5" in picture.text["parameters"]
 
 
+def test_picture_tells_its_sampler(draw):
+    [picture] = draw("a dog", sampler="dpm").values()
+    assert "Sampler: DPM++ 2M, " in picture.text["parameters"]
+
+
 # -------------------------------------------------------------------------------------- which model
 
 
@@ -169,6 +175,16 @@ def test_warns_where_no_subject_was_taught(draw, nano, capsys):
     assert "does not know" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("prompt, better", [
+    ("[V] dog in the garden", None), ("ohwx dog", None), ("[V] in the garden", "[V] dog in the garden"),
+    ("a photo of a dog", "a photo of [V] dog"), ("dogs", "[V] dog, dogs"), ("a garden", "[V] dog, a garden"),
+])
+def test_tells_the_prompt_that_would_show_the_subject(draw, nano, tmp_path, capsys, prompt, better):
+    draw(prompt, weights=str(taught(tmp_path / "taught", nano, identifier="ohwx")))
+    lines = [line for line in capsys.readouterr().err.split("\n") if "does not ask for" in line]
+    assert lines == ([f'this prompt does not ask for your dog; one that does: "{better}"'] if better else [])
+
+
 @pytest.mark.parametrize("option", ["prompt", "negative"])
 def test_warns_of_what_the_text_encoder_will_not_see(draw, capsys, option):
     words = {"prompt": "a dog", option: "dog " * 75 + "in the garden"}
@@ -199,6 +215,7 @@ def test_warns_of_what_is_lost_once_the_placeholder_is_spelled_out(draw, nano, t
     (["--guidance", "high"], ["--guidance", "high"]), (["--guidance", "nan"], ["--guidance nan"]),
     (["--seed", "-1"], ["--seed -1"]), (["--seed", "18446744073709551616"], ["--seed", "1844674"]),
     (["--eta", "1.5"], ["--eta 1.5", "0 (DDIM) to 1"]), (["--eta", "nan"], ["--eta nan"]),
+    (["--eta", "1", "--sampler", "dpm"], ["--eta 1.0", "--sampler ddim"]), (["--sampler", "plms"], ["plms", "dpm"]),
     (["--size", "16"], ["--size 16", "WIDTHxHEIGHT"]), (["--size", "axb"], ["--size axb"]),
     (["--size", "15x16"], ["15x16", "multiples of 2"]), (["--size", "0x16"], ["0x16"]),
     (["--weights", "nowhere"], ["nowhere: no such folder"]), (["--weights", "."], ["model_index.json"]),

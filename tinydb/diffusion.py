@@ -1,8 +1,9 @@
-"""The mathematics of diffusion: noise schedule, forward process, training target, DDIM, classifier-free guidance.
+"""The mathematics of diffusion: noise schedule, forward process, training target, DDIM and DPM-Solver++, guidance.
 
 Nothing here knows a network: sampling takes any callable that predicts what the schedule's `prediction_type` says.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -48,11 +49,14 @@ class NoiseSchedule:
         return alpha * noisy - sigma * prediction, alpha * prediction + sigma * noisy
 
 
-def ddim_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
-    """`steps` evenly spaced timesteps from noisy to clean, shifted by one as in Stable Diffusion: 981, 961 ... 1."""
-    limit = schedule.config.num_train_timesteps - 1
-    if not 1 <= steps <= limit:
-        raise InputError(f"steps {steps}: expected 1 to {limit}, the timesteps that the model was trained on")
+def timesteps_of(schedule: NoiseSchedule, sampler: str, steps: int) -> list[int]:
+    """`steps` evenly spaced timesteps from noisy to clean. For 20 of "ddim" 951, 901 ... 1, shifted by one as in Stable
+    Diffusion; of "dpm" 999, 949 ... 50, since its last step goes on to no noise at all."""
+    last = schedule.config.num_train_timesteps - 1
+    if not 1 <= steps <= last:
+        raise InputError(f"steps {steps}: expected 1 to {last}, the timesteps that the model was trained on")
+    if sampler == "dpm":
+        return [round(i * last / steps) for i in range(steps, 0, -1)]
     stride = schedule.config.num_train_timesteps // steps
     return [i * stride + 1 for i in reversed(range(steps))]
 
@@ -72,6 +76,34 @@ def ddim_step(schedule: NoiseSchedule, prediction: Tensor, latents: Tensor, time
         fresh = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
         latents = latents + sigma * fresh.to(latents)
     return latents
+
+
+def dpm_step(schedule: NoiseSchedule, prediction: Tensor, latents: Tensor, timestep: int, previous: int | None,
+             before: tuple[int, Tensor] | None) -> tuple[Tensor, tuple[int, Tensor]]:
+    """One step x_t -> x_previous of DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2).
+
+    It is DDIM's step towards a better guess of x_0. DDIM keeps the guess of this timestep; here it moves on along the
+    line through this one and the one `before`, half a step of log(alpha / sigma) ahead. Returns the latents, and what
+    to give as `before` next time. The first step has None there; the last one, `previous` None, ends at the guess.
+    """
+    def alpha_sigma(t: int) -> tuple[float, float]:
+        alphas_cumprod = schedule.alphas_cumprod[t].item()
+        return alphas_cumprod**0.5, (1 - alphas_cumprod) ** 0.5
+
+    def log_snr(t: int) -> float:
+        alpha, sigma = alpha_sigma(t)
+        return math.log(alpha / sigma)
+
+    clean, _ = schedule.split(prediction, latents, torch.tensor([timestep]))
+    if previous is None:
+        return clean, (timestep, clean)
+    guess = clean
+    if before is not None:
+        timestep_before, clean_before = before
+        ratio = (log_snr(previous) - log_snr(timestep)) / (log_snr(timestep) - log_snr(timestep_before))
+        guess = clean + ratio / 2 * (clean - clean_before)
+    (alpha, sigma), (alpha_prev, sigma_prev) = alpha_sigma(timestep), alpha_sigma(previous)
+    return alpha_prev * guess + sigma_prev * (latents - alpha * guess) / sigma, (timestep, clean)
 
 
 def guided(model: Callable[[Tensor, Tensor, Tensor], Tensor], text_embeds: Tensor, negative_embeds: Tensor,
@@ -94,11 +126,17 @@ def guided(model: Callable[[Tensor, Tensor, Tensor], Tensor], text_embeds: Tenso
 
 
 def sample(schedule: NoiseSchedule, denoiser: Callable[[Tensor, Tensor], Tensor], latents: Tensor, steps: int,
-           eta: float = 0.0, generators: list[torch.Generator] | None = None) -> Iterator[Tensor]:
-    """DDIM from pure noise `latents` (B, C, h, w); yields the latents after each step, the last ones the result."""
-    timesteps = ddim_timesteps(schedule, steps)
+           sampler: str = "ddim", eta: float = 0.0,
+           generators: list[torch.Generator] | None = None) -> Iterator[Tensor]:
+    """From pure noise `latents` (B, C, h, w) by "ddim", or by "dpm", which needs fewer steps and knows no `eta`; yields
+    the latents after each step, the last ones the result."""
+    timesteps, before = timesteps_of(schedule, sampler, steps), None
     stride = schedule.config.num_train_timesteps // steps
-    for timestep in timesteps:
+    for i, timestep in enumerate(timesteps):
         prediction = denoiser(latents, torch.full((len(latents),), timestep, device=latents.device))
-        latents = ddim_step(schedule, prediction, latents, timestep, timestep - stride, eta, generators)
+        if sampler == "dpm":
+            previous = timesteps[i + 1] if i + 1 < steps else None
+            latents, before = dpm_step(schedule, prediction, latents, timestep, previous, before)
+        else:
+            latents = ddim_step(schedule, prediction, latents, timestep, timestep - stride, eta, generators)
         yield latents

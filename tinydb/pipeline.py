@@ -103,8 +103,8 @@ class StableDiffusion:
     @torch.inference_mode()
     def denoise(self, prompts: str | list[str], *, steps: int | None = None, guidance_scale: float | None = None,
                 seed: int = 0, negative: str = "", size: tuple[int, int] | None = None, latents: Tensor | None = None,
-                eta: float = 0.0) -> Iterator[Tensor]:
-        """The latents (B, C, h, w) after each of `steps` DDIM steps, noisy to clean; arguments as in `generate`."""
+                sampler: str = "ddim", eta: float = 0.0) -> Iterator[Tensor]:
+        """The latents (B, C, h, w) after each of `steps`, noisy to clean; arguments as in `generate`."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         steps = self.info.recipe.sample_steps if steps is None else steps
         guidance_scale = self.info.recipe.guidance if guidance_scale is None else guidance_scale
@@ -117,7 +117,8 @@ class StableDiffusion:
 
         denoiser = guided(unet, self.encode_prompt(prompts), self.encode_prompt([negative] * len(prompts)),
                           guidance_scale)
-        yield from sample(self.schedule, denoiser, latents.to(self.device, torch.float32), steps, eta, generators)
+        yield from sample(self.schedule, denoiser, latents.to(self.device, torch.float32), steps, sampler, eta,
+                          generators)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
@@ -127,15 +128,16 @@ class StableDiffusion:
 
     def generate(self, prompts: str | list[str], *, steps: int | None = None, guidance_scale: float | None = None,
                  seed: int = 0, negative: str = "", size: tuple[int, int] | None = None, latents: Tensor | None = None,
-                 eta: float = 0.0) -> list[Image.Image]:
+                 sampler: str = "ddim", eta: float = 0.0) -> list[Image.Image]:
         """One picture for each prompt.
 
-        `steps` of DDIM and `guidance_scale` come from the model's recipe where they are None. Picture i starts from
-        noise of seed + i, or from `latents` (B, C, h, w) where given. `negative` is a prompt to steer away from, `size`
-        (width, height) in pixels, `eta` the fresh noise in each step: 0 none, 1 as much as DDPM.
+        `steps` and `guidance_scale` come from the model's recipe where they are None. Picture i starts from noise of
+        seed + i, or from `latents` (B, C, h, w) where given. `negative` is a prompt to steer away from, `size` (width,
+        height) in pixels. `sampler` is "ddim" or "dpm", which needs fewer steps; `eta` is the fresh noise in each step
+        of DDIM: 0 none, 1 as much as DDPM.
         """
         for latents in self.denoise(prompts, steps=steps, guidance_scale=guidance_scale, seed=seed, negative=negative,
-                                    size=size, latents=latents, eta=eta):
+                                    size=size, latents=latents, sampler=sampler, eta=eta):
             pass
         return self.decode(latents)
 

@@ -2,23 +2,30 @@
 
     python sample.py "[V] dog on the moon"
     python sample.py "a red cat in the snow" -n 4 --weights weights/tiny --guidance 3 --seed 7
+    python sample.py "[V] dog in the snow" "[V] dog at night" -n 2      # the same noise for each prompt: a series
+    python sample.py --prompts prompts.txt                              # one a line; .jsonl lines may set any option
+    python sample.py "[V] dog at night" --init dog.png --strength 0.5   # draw over a picture
+    python sample.py --from samples/0000-V-dog.png --guidance 6         # the same again, but for one thing
 
 [V] stands for the word under which train.py taught the subject. Prints the paths of the pictures on stdout.
 """
 
+import json
 import math
 import os
 import re
 import sys
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import tinydb
 from tinydb.config import InputError, Parser, option, require
-from tinydb.pictures import describe, grid, save_png
-from tinydb.pipeline import choose_device
+from tinydb.data import open_picture
+from tinydb.pictures import describe, grid, read_description, save_png
+from tinydb.pipeline import StableDiffusion, choose_device
 from tinydb.tokenizer import PLACEHOLDER
 
 TINY = Path(__file__).parent / "weights" / "tiny"
@@ -30,20 +37,73 @@ GROUP = 4  # pictures drawn at once; guidance doubles it
 class Settings:
     """The command line. None means: what the model's recipe says."""
 
-    prompt: str = option(MISSING, "what to draw; [V] is the subject that train.py taught")
+    prompt: list[str] = option(MISSING, "what to draw, one prompt or several; [V] is the subject that train.py taught",
+                               nargs="*")
+    prompts: str | None = option(None, "file with a prompt a line; in a .jsonl file, an object a line with any option")
+    source: str | None = option(None, "picture to draw again, by what it says of itself; the command line overrides it",
+                                flag="--from", metavar="PICTURE")
     weights: str | None = option(None, "model folder (default: the newest runs/*/model, else weights/tiny)")
-    count: int = option(4, "pictures to draw, picture i with seed + i", type=int, flag="-n", metavar="N")
+    count: int = option(4, "pictures of each prompt, picture i with seed + i", type=int, flag="-n", metavar="N")
     steps: int | None = option(None, "sampling steps (default: the model's recipe)", type=int)
     guidance: float | None = option(None, "classifier-free guidance scale, 1 is none (default: recipe)", type=float)
     seed: int = option(0, "decides the starting noise", type=int)
     size: str | None = option(None, "WIDTHxHEIGHT in pixels (default: what the model was trained on)")
     negative: str = option("", "what to steer away from")
+    init: str | None = option(None, "picture to draw over", metavar="PICTURE")
+    strength: float = option(0.6, "how much of --init is drawn anew, up to 1", type=float)
     sampler: str = option("ddim", "dpm is DPM-Solver++ 2M, which needs fewer --steps", choices=tuple(SAMPLERS))
     eta: float = option(0.0, "fresh noise in each step of DDIM: 0 is none, 1 is DDPM's", type=float)
     out: str = option("samples", "folder for the pictures, or the name of a .png")
     device: str = option("auto", "cpu, cuda, mps, ... or auto")
     precision: str = option("auto", "number format; auto is bf16 or fp16 on a GPU",
                             choices=("auto", "fp32", "bf16", "fp16"))
+
+
+def settings_of_picture(path: Path) -> dict[str, object]:
+    """The options with which a picture was drawn, from what it says of itself."""
+    try:
+        with Image.open(path) as image:
+            prompt, negative, said = read_description(image)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--from {path}: {error}; expected a PNG that sample.py wrote") from None
+    samplers = {name: sampler for sampler, name in SAMPLERS.items()}
+    entries = {"prompt": prompt, "negative": negative, "count": 1, "sampler": samplers.get(said["Sampler"])}
+    names = {"Steps": "steps", "CFG scale": "guidance", "Seed": "seed", "Size": "size", "Eta": "eta",
+             "Model": "weights", "Init": "init", "Denoising strength": "strength"}
+    return entries | {names[name]: value for name, value in said.items() if name in names}
+
+
+def settings_of_lines(path: Path) -> list[dict[str, object]]:
+    """What each line of a --prompts file asks for."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        entries = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else [{"prompt": p} for p in lines]
+    except (OSError, ValueError) as error:
+        raise InputError(f"--prompts {path}: not readable ({error})") from None
+    require(bool(entries), f"--prompts {path}: empty; expected a prompt a line")
+    for i, entry in enumerate(entries, 1):
+        require(isinstance(entry, dict) and isinstance(entry.get("prompt"), str),
+                f'--prompts {path}: line {i} is {entry}; expected an object such as {{"prompt": "a dog", "seed": 3}}')
+    return entries
+
+
+def read_jobs(parser: Parser, argv: list[str]) -> list[Settings]:
+    """The command line -> settings for each prompt."""
+    def parse(entries: dict[str, object], source: str, *, over: bool = False) -> Settings:
+        options = parser.arguments({k: v for k, v in entries.items() if k != "prompt"}, source)
+        return Settings(**vars(parser.parse_intermixed_args([*argv, *options] if over else [*options, *argv])))
+
+    settings = Settings(**vars(parser.parse_intermixed_args(argv)))
+    if settings.source:
+        entries = settings_of_picture(Path(settings.source))
+        settings = parse(entries, f"--from {settings.source}")
+        settings = replace(settings, prompt=settings.prompt or [entries["prompt"]])
+    jobs = [replace(settings, prompt=[prompt]) for prompt in settings.prompt]
+    if settings.prompts:
+        jobs += [replace(parse(entries, f"--prompts {settings.prompts}", over=True), prompt=[entries["prompt"]])
+                 for entries in settings_of_lines(Path(settings.prompts))]
+    require(bool(jobs), 'a prompt is missing; expected one such as "[V] dog on the moon"')
+    return jobs
 
 
 def newest_model() -> Path:
@@ -78,7 +138,8 @@ def prompt_with_subject(prompt: str, noun: str) -> str:
     return prompt[: classed.start()] + subject + prompt[classed.end() :] if classed else f"{subject}, {prompt}"
 
 
-def main(settings: Settings):
+def check(settings: Settings) -> None:
+    """InputError for what no model could draw."""
     require(settings.count > 0, f"-n {settings.count}: expected 1 or more")
     require(0 <= settings.seed < 2**32, f"--seed {settings.seed}: expected 0 to {2**32 - 1}")
     require(0 <= settings.eta <= 1, f"--eta {settings.eta}: expected 0 (DDIM) to 1 (DDPM)")
@@ -91,52 +152,88 @@ def main(settings: Settings):
     home = next(parent for parent in (folder, *folder.parents) if parent.exists())
     require(home.is_dir() and os.access(home, os.W_OK), f"--out {out}: {home} is no folder to write in")
     require(not (out.suffix == ".png" and out.is_dir()), f"--out {out}: a folder; expected the name of a file")
-    size = parse_size(settings.size) if settings.size else None
-    weights = Path(settings.weights) if settings.weights else newest_model()
-    device, dtype = choose_device(settings.device, settings.precision)
-    sd = tinydb.load(weights, device, dtype)
 
-    subject = f"{PLACEHOLDER} is a {sd.info.class_noun}" if sd.info.class_noun else "not taught a subject yet"
-    print(f"{weights} on {device}, {subject}", file=sys.stderr)
-    if PLACEHOLDER in settings.prompt and not sd.info.class_noun:
+
+def advise(sd: StableDiffusion, weights: Path, settings: Settings) -> None:
+    """Say on stderr what of a prompt will not do what its writer hopes."""
+    [prompt], noun = settings.prompt, sd.info.class_noun
+    if PLACEHOLDER in prompt and not noun:
         print(f"{weights} does not know what {PLACEHOLDER} is: teach it with train.py first", file=sys.stderr)
-    if sd.info.class_noun:
-        asked = settings.prompt.replace(sd.identifier, PLACEHOLDER)
-        asking = prompt_with_subject(asked, sd.info.class_noun)
+    if noun:
+        asked = prompt.replace(sd.identifier, PLACEHOLDER)
+        asking = prompt_with_subject(asked, noun)
         if asking != asked:
-            print(f'this prompt does not ask for your {sd.info.class_noun}; one that does: "{asking}"', file=sys.stderr)
-    for prompt in (settings.prompt, settings.negative):
-        if dropped := sd.tokenizer.dropped(prompt.replace(PLACEHOLDER, sd.identifier)):
+            print(f'this prompt does not ask for your {noun}; one that does: "{asking}"', file=sys.stderr)
+    for text in (prompt, settings.negative):
+        if dropped := sd.tokenizer.dropped(text.replace(PLACEHOLDER, sd.identifier)):
             print(f"the prompt is too long for the text encoder, which will not see: {dropped!r}", file=sys.stderr)
 
+
+def draw(sd: StableDiffusion, weights: Path, settings: Settings) -> list[Image.Image]:
+    """Draw the pictures of one prompt, save them, print where."""
+    [prompt] = settings.prompt
     steps = sd.info.recipe.sample_steps if settings.steps is None else settings.steps
     guidance = sd.info.recipe.guidance if settings.guidance is None else settings.guidance
+    size, init, about_init = parse_size(settings.size) if settings.size else None, None, {}
+    if settings.init:
+        try:
+            init = open_picture(Path(settings.init))
+        except (OSError, ValueError) as error:
+            raise InputError(f"--init {settings.init}: {error}; expected a picture") from None
+        init = ImageOps.fit(init, size or (sd.resolution, sd.resolution), Image.Resampling.LANCZOS)
+        about_init = {"Denoising strength": settings.strength, "Init": settings.init}
+
     images = []
     groups = [range(i, min(i + GROUP, settings.count)) for i in range(0, settings.count, GROUP)]
-    with tqdm(total=steps * len(groups), desc="drawing", unit="step") as progress:
+    a_group = max(1, int(steps * settings.strength)) if init else steps
+    with tqdm(total=a_group * len(groups), desc="drawing", unit="step") as progress:
         for group in groups:
-            for latents in sd.denoise([settings.prompt] * len(group), steps=steps, guidance_scale=guidance,
-                                      seed=settings.seed + group[0], negative=settings.negative, size=size,
-                                      sampler=settings.sampler, eta=settings.eta):
+            for latents in sd.denoise([prompt] * len(group), steps=steps, guidance_scale=guidance,
+                                      seed=settings.seed + group[0], negative=settings.negative, size=size, init=init,
+                                      strength=settings.strength, sampler=settings.sampler, eta=settings.eta):
                 progress.update()
             images += sd.decode(latents)
 
-    paths, grid_path = output_paths(out, settings.prompt, settings.count)
+    paths, grid_path = output_paths(Path(settings.out), prompt, settings.count)
     for i, (image, path) in enumerate(zip(images, paths)):
         about = {"Steps": steps, "Sampler": SAMPLERS[settings.sampler], "CFG scale": guidance,
                  "Seed": settings.seed + i, "Size": f"{image.width}x{image.height}", "Eta": settings.eta,
-                 "Model": str(weights)}
-        save_png(image, path, describe(settings.prompt, settings.negative, **about))
+                 **about_init, "Model": str(weights)}
+        save_png(image, path, describe(prompt, settings.negative, **about))
         print(path)
     if settings.count > 1:
-        about = f"{settings.count} pictures of: {settings.prompt}"
-        save_png(grid(images, min(settings.count, 4)), grid_path, about)
+        save_png(grid(images, min(settings.count, 4)), grid_path, f"{settings.count} pictures of: {prompt}")
         print(grid_path)
+    return images
+
+
+def main(jobs: list[Settings]) -> None:
+    """Draw each prompt; several of them also on one sheet, a row each."""
+    for settings in jobs:
+        check(settings)
+    files = [settings.out for settings in jobs if settings.out.endswith(".png")]
+    require(len(files) == len(set(files)), f"--out {', '.join(files[:1])}: several prompts do not fit into one file; name a folder")
+    opened, rows = None, []
+    for settings in jobs:
+        weights = Path(settings.weights) if settings.weights else newest_model()
+        device, dtype = choose_device(settings.device, settings.precision)
+        if opened != (weights, device, dtype):
+            sd, opened = tinydb.load(weights, device, dtype), (weights, device, dtype)
+            subject = f"{PLACEHOLDER} is a {sd.info.class_noun}" if sd.info.class_noun else "not taught a subject yet"
+            print(f"{weights} on {device}, {subject}", file=sys.stderr)
+        advise(sd, weights, settings)
+        rows.append(draw(sd, weights, settings))
+    sizes = {image.size for row in rows for image in row}
+    if len(rows) > 1 and not files and len({len(row) for row in rows}) == len(sizes) == 1:
+        captions = [settings.prompt[0] for settings in jobs]
+        [path], _ = output_paths(Path(jobs[0].out), "series", 1)
+        save_png(grid([image for row in rows for image in row], len(rows[0]), captions), path, " | ".join(captions))
+        print(path)
 
 
 if __name__ == "__main__":
     parser = Parser(Settings, __doc__.splitlines()[0])
     try:
-        main(Settings(**vars(parser.parse_args())))
+        main(read_jobs(parser, sys.argv[1:]))
     except InputError as error:
         parser.error(str(error))

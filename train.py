@@ -15,7 +15,6 @@ What a run writes into OUT: inputs.png (what the model sees), class_images/, sam
 config.json, checkpoints/ (to resume, and to sample from) and model/, the result, for sample.py and for diffusers.
 """
 
-import difflib
 import hashlib
 import json
 import math
@@ -27,7 +26,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -124,8 +123,8 @@ class Settings:
         return {name: value for name, value in asdict(self).items() if name not in ("resume", "config")}
 
 
-def read_config_file(path: Path) -> list[str]:
-    """A JSON or TOML file of options -> the command line that says the same."""
+def read_config_file(path: Path) -> dict[str, object]:
+    """The options in a JSON or TOML file."""
     if path.suffix == ".toml":
         try:
             entries = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -134,20 +133,7 @@ def read_config_file(path: Path) -> list[str]:
     else:
         require(path.is_file(), f"--config {path}: no such file")
         entries = read_json(path)
-    flags = {f.name: f.metadata.get("flag", "--" + f.name.replace("_", "-")) for f in fields(Settings)}
-    flags |= {flag.removeprefix("--").replace("-", "_"): flag for flag in flags.values()}  # "class" for "class_noun"
-    arguments = []
-    for key, value in entries.items():
-        if key == "run":  # what OUT/config.json notes besides the options
-            continue
-        if key not in flags:
-            nearest = difflib.get_close_matches(key, flags, n=1, cutoff=0)[0]
-            raise InputError(f"--config {path}: no option {key!r}; the nearest is {nearest!r}")
-        if value is True:
-            arguments.append(flags[key])
-        elif value is not None and value is not False:
-            arguments.append(f"{flags[key]}={value}")
-    return arguments
+    return {name: value for name, value in entries.items() if name != "run"}  # what config.json notes besides
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -644,7 +630,8 @@ if __name__ == "__main__":
     try:
         arguments = parser.parse_args()
         if arguments.config:
-            arguments = parser.parse_args(read_config_file(Path(arguments.config)) + sys.argv[1:])
+            entries = read_config_file(Path(arguments.config))
+            arguments = parser.parse_args(parser.arguments(entries, f"--config {arguments.config}") + sys.argv[1:])
         main(Settings(**vars(arguments)))
     except InputError as error:
         if rank > 0:  # the line is rank 0's to print; should this rank be the only one in trouble, it lives to say so

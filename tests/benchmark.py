@@ -31,7 +31,8 @@ sys.path.insert(0, str(ROOT))
 import tinydb  # noqa: E402
 import train  # noqa: E402
 from tinydb.config import Parser, option  # noqa: E402
-from tinydb.data import Latents, draw_step, fit, open_picture, to_pixels  # noqa: E402
+from tinydb.data import Latents, draw_step, fit, open_picture  # noqa: E402
+from tinydb.pictures import to_pixels  # noqa: E402
 
 TINY, SUBJECT = ROOT / "weights" / "tiny", ROOT / "weights" / "subjects" / "rex"
 PROMPTS = ["a photo of ohwx dog", "a photo of a dog"]

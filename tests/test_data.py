@@ -11,7 +11,8 @@ from PIL import Image, features
 from torch import Tensor
 
 from tinydb.config import InputError
-from tinydb.data import ENCODE_BATCH, Latents, draw_step, fit, open_picture, read_pictures, to_pixels
+from tinydb.data import ENCODE_BATCH, Latents, draw_step, fit, open_picture, read_pictures
+from tinydb.pictures import to_pixels
 from tinydb.pictures import describe, grid, save_png, to_images
 
 ORIENTATION = 0x0112  # the EXIF tag

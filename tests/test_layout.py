@@ -23,7 +23,7 @@ MAY_IMPORT = {  # besides the standard library; from the bottom of the package t
     "weights": "torch safetensors config",
     "pictures": "torch numpy PIL",
     "pipeline": "torch numpy PIL config tokenizer clip unet vae diffusion weights pictures",
-    "data": "torch numpy PIL config vae",
+    "data": "torch numpy PIL config vae pictures",
     "__init__": "config pipeline",
 }
 DISK = ("open", "os.", "shutil.", "tempfile.", "glob.", "pathlib.", "subprocess.", "socket.")

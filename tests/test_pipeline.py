@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Pair, difference, edit_json, edit_tensors, prefixed
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -65,6 +65,17 @@ def test_dpm_draws_the_picture_that_diffusers_draws(pair):
     expected = reference_images(theirs, latents, num_inference_steps=8, guidance_scale=7.5)
     images = pair.sd.generate("a photo of [V] dog", steps=8, guidance_scale=7.5, latents=latents, sampler="dpm")
     assert difference(images, expected) <= 2
+
+
+@pytest.mark.parametrize("strength", [0.25, 0.7, 1.0])
+def test_drawing_over_a_picture_as_diffusers_does(pair, strength):
+    theirs = StableDiffusionImg2ImgPipeline(**pair.reference.components, requires_safety_checker=False)
+    theirs.set_progress_bar_config(disable=True)
+    init = Image.radial_gradient("L").convert("RGB").resize((24, 16))
+    options = {"guidance_scale": 4.0, "strength": strength}
+    expected = theirs(PROMPT, image=init, num_inference_steps=10, generator=[torch.Generator().manual_seed(3)],
+                      **options).images
+    assert difference(pair.sd.generate(PROMPT, init=init, steps=10, seed=3, **options), expected) <= 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -1,6 +1,7 @@
 """sample.py: the pictures, where they go, what they say of themselves, and what it answers to bad input."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,11 +9,12 @@ from pathlib import Path
 
 import pytest
 from conftest import difference, edit_json
-from PIL import Image
+from PIL import Image, ImageOps
 from processes import ROOT
 
 import sample
 import tinydb
+from tinydb.config import Parser
 from tinydb.pictures import grid
 
 
@@ -22,7 +24,7 @@ def draw(nano, tmp_path):
     def run(prompt: str, **settings) -> dict[str, Image.Image]:
         given = {"weights": str(nano), "out": str(tmp_path / "out"), "device": "cpu", "count": 1, **settings}
         before = set(tmp_path.rglob("*.png"))
-        sample.main(sample.Settings(prompt, **given))
+        sample.main([sample.Settings([prompt], **given)])
         return {str(path.relative_to(tmp_path)): Image.open(path)
                 for path in sorted(set(tmp_path.rglob("*.png")) - before)}
     return run
@@ -141,6 +143,78 @@ def test_picture_tells_its_sampler(draw):
     assert "Sampler: DPM++ 2M, " in picture.text["parameters"]
 
 
+# ------------------------------------------------------------- several prompts, and drawing on from pictures
+
+
+def read(parser_arguments: list[str]) -> list[sample.Settings]:
+    return sample.read_jobs(Parser(sample.Settings, ""), parser_arguments)
+
+
+def test_series_has_the_same_noise_for_each_prompt(command, nano, tmp_path):
+    given = ["-n", "2", "--weights", str(nano), "--device", "cpu", "--guidance", "1"]
+    code, out, error = command("sample.py", "a dog", "the cat", *given)
+    assert code == 0, error
+    names = [Path(line).name for line in out.split()]
+    assert names == ["0000-a-dog.png", "0001-a-dog.png", "0000-a-dog-grid.png", "0002-the-cat.png", "0003-the-cat.png",
+                     "0002-the-cat-grid.png", "0004-series.png"]
+    folder = tmp_path / "samples"
+    assert Image.open(folder / names[-1]).size == (256, 2 * (128 + 24))  # a row and a line of text for each prompt
+    seeds = [re.search(r"Seed: (\d+)", Image.open(folder / names[i]).text["parameters"])[1] for i in (0, 1, 3, 4)]
+    assert seeds == ["0", "1", "0", "1"]
+
+
+def test_lines_of_a_file_are_prompts_that_may_set_any_option(tmp_path):
+    (tmp_path / "a.txt").write_text("a dog\n\na cat\n")
+    jobs = read(["a bird", "--prompts", str(tmp_path / "a.txt"), "--seed", "3"])
+    assert [(job.prompt, job.seed) for job in jobs] == [(["a bird"], 3), (["a dog"], 3), (["a cat"], 3)]
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a dog", "seed": 4, "n": 1}\n{"prompt": "a cat", "size": "8x8"}')
+    jobs = read(["--prompts", str(tmp_path / "a.jsonl"), "--seed", "3"])
+    assert [(job.prompt, job.seed, job.count, job.size) for job in jobs] == [
+        (["a dog"], 4, 1, None), (["a cat"], 3, 4, "8x8")]
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("a.txt", "", ["a.txt: empty"]), ("none.txt", None, ["none.txt", "not readable"]),
+    ("a.jsonl", '{"prompt": "a dog", "sede": 4}', ["'sede'", "'seed'"]), ("a.jsonl", "a dog", ["not readable"]),
+    ("a.jsonl", '{"seed": 4}', ["line 1", "prompt"]), ("a.jsonl", '{"prompt": "a dog", "seed": "x"}', ["--seed", "x"]),
+], ids=str)
+def test_file_of_prompts_that_cannot_be_used(command, tmp_path, name, text, words):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    code, out, error = command("sample.py", "--prompts", str(tmp_path / name))
+    assert code == 2 and out == "" and error.count("\n") == 1
+    assert [word for word in words if word not in error] == []
+
+
+@pytest.mark.parametrize("options", [
+    {"negative": "the dog", "seed": 5, "steps": 4, "eta": 0.5, "size": "24x16"}, {"sampler": "dpm", "guidance": 1.5},
+], ids=lambda options: next(iter(options)))
+def test_picture_is_drawn_again_from_what_it_says(draw, tmp_path, options):
+    [(path, first)] = draw("a dog, on the moon", **options).items()
+    [again] = read(["--from", str(tmp_path / path), "--device", "cpu", "--out", str(tmp_path / "again")])
+    assert difference([first], draw(**{**vars(again), "prompt": again.prompt[0]}).values()) == 0
+    [other] = read(["a cat", "--from", str(tmp_path / path), "--seed", "9"])
+    assert (other.prompt, other.seed, other.negative) == (["a cat"], 9, again.negative)
+
+
+def test_picture_that_says_nothing_of_itself(command, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    for name in ("plain.png", "none.png"):
+        code, _, error = command("sample.py", "--from", str(tmp_path / name))
+        assert code == 2 and error.count("\n") == 1 and name in error
+
+
+def test_drawing_over_a_picture(draw, nano, tmp_path):
+    """It is cut to the size of the drawing, and the file says what was done."""
+    Image.radial_gradient("L").convert("RGB").resize((120, 60)).save(tmp_path / "init.png")
+    options = {"init": str(tmp_path / "init.png"), "size": "24x16", "guidance": 2.0}
+    [picture] = draw("a dog", strength=0.5, steps=4, **options).values()
+    init = ImageOps.fit(Image.open(tmp_path / "init.png"), (24, 16), Image.Resampling.LANCZOS)
+    [expected] = tinydb.load(nano).generate("a dog", init=init, strength=0.5, steps=4, guidance_scale=2.0)
+    assert difference([picture], [expected]) == 0
+    assert "Denoising strength: 0.5, Init: " in picture.text["parameters"]
+
+
 # -------------------------------------------------------------------------------------- which model
 
 
@@ -216,6 +290,7 @@ def test_warns_of_what_is_lost_once_the_placeholder_is_spelled_out(draw, nano, t
     (["--seed", "-1"], ["--seed -1"]), (["--seed", "18446744073709551616"], ["--seed", "1844674"]),
     (["--eta", "1.5"], ["--eta 1.5", "0 (DDIM) to 1"]), (["--eta", "nan"], ["--eta nan"]),
     (["--eta", "1", "--sampler", "dpm"], ["--eta 1.0", "--sampler ddim"]), (["--sampler", "plms"], ["plms", "dpm"]),
+    (["--init", "nowhere.png"], ["--init nowhere.png"]), (["--init", "file"], ["--init file", "not a picture"]),
     (["--size", "16"], ["--size 16", "WIDTHxHEIGHT"]), (["--size", "axb"], ["--size axb"]),
     (["--size", "15x16"], ["15x16", "multiples of 2"]), (["--size", "0x16"], ["0x16"]),
     (["--weights", "nowhere"], ["nowhere: no such folder"]), (["--weights", "."], ["model_index.json"]),
@@ -223,7 +298,8 @@ def test_warns_of_what_is_lost_once_the_placeholder_is_spelled_out(draw, nano, t
     (["--precision", "fp8"], ["--precision", "fp8", "bf16"]),
     (["--out", "file"], ["--out file", "folder"]), (["--out", "file/in"], ["--out file/in"]),
     (["--out", "file/in.png"], ["--out file/in.png"]), (["--out", "folder.png"], ["--out folder.png"]),
-    (["--stesp", "3"], ["--stesp"]), (["--see", "3"], ["--see"]), (["too", "many"], ["many"]),
+    (["--stesp", "3"], ["--stesp"]), (["--see", "3"], ["--see"]),
+    (["more", "--out", "a.png"], ["a.png", "name a folder"]),
 ], ids=lambda value: "=".join(value) if value[0].startswith("--") or value[0] == "-n" else "")
 def test_bad_option_gets_one_line(command, nano, tmp_path, arguments, words):
     (tmp_path / "file").touch()
@@ -239,7 +315,7 @@ def test_bad_option_gets_one_line(command, nano, tmp_path, arguments, words):
 
 def test_prompt_is_needed(command):
     code, _, error = command("sample.py")
-    assert code == 2 and error == "sample.py: the following arguments are required: prompt\n"
+    assert code == 2 and error.count("\n") == 1 and "a prompt is missing" in error
 
 
 def test_help_tells_the_defaults(command):

@@ -20,7 +20,8 @@ import pretrain  # noqa: E402
 import world  # noqa: E402
 
 import tinydb  # noqa: E402
-from tinydb.data import fit, open_picture, to_pixels  # noqa: E402
+from tinydb.data import fit, open_picture  # noqa: E402
+from tinydb.pictures import to_pixels  # noqa: E402
 
 
 def test_a_scene_and_its_caption_depend_on_the_generator_alone():

@@ -6,6 +6,7 @@ never built approximately.
 """
 
 import argparse
+import difflib
 import json
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -293,6 +294,22 @@ class Parser(argparse.ArgumentParser):
                                   **argument)
             else:
                 self.add_argument(flag, dest=f.name, default=f.default, **argument)
+
+    def arguments(self, entries: dict[str, object], source: str) -> list[str]:
+        """Options by name, as a file has them -> the command line that says the same; `source` is for the error."""
+        actions = {action.dest: action for action in self._actions if action.option_strings}
+        actions |= {action.option_strings[0].lstrip("-").replace("-", "_"): action for action in actions.values()}
+        arguments = []
+        for key, value in entries.items():
+            if key not in actions:
+                nearest = difflib.get_close_matches(key, actions, n=1, cutoff=0)[0]
+                raise InputError(f"{source}: no option {key!r}; the nearest is {nearest!r}")
+            on, *off = actions[key].option_strings
+            if isinstance(value, bool) and off:
+                arguments.append(on if value else off[0])
+            elif value is not None:
+                arguments.append(f"{on}={value}" if on.startswith("--") else f"{on}{value}")
+        return arguments
 
     def error(self, message: str):
         """Print one line, without the usage, and exit with code 2."""

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from tinydb.config import require
+from tinydb.pictures import to_pixels
 from tinydb.vae import AutoencoderKL
 
 ENCODE_BATCH = 4
@@ -53,11 +54,6 @@ def read_pictures(folder: Path, size: int) -> tuple[dict[str, Image.Image], list
 def fit(image: Image.Image, size: int) -> Image.Image:
     """The centre square of `image`, `size` pixels wide. No mirroring anywhere: faces and lettering have a side."""
     return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-
-
-def to_pixels(images: Iterable[Image.Image | np.ndarray]) -> Tensor:
-    """RGB images of one size -> pixels (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 @dataclass

@@ -126,13 +126,13 @@ def guided(model: Callable[[Tensor, Tensor, Tensor], Tensor], text_embeds: Tenso
 
 
 def sample(schedule: NoiseSchedule, denoiser: Callable[[Tensor, Tensor], Tensor], latents: Tensor, steps: int,
-           sampler: str = "ddim", eta: float = 0.0,
-           generators: list[torch.Generator] | None = None) -> Iterator[Tensor]:
+           sampler: str = "ddim", eta: float = 0.0, generators: list[torch.Generator] | None = None,
+           first: int = 0) -> Iterator[Tensor]:
     """From pure noise `latents` (B, C, h, w) by "ddim", or by "dpm", which needs fewer steps and knows no `eta`; yields
-    the latents after each step, the last ones the result."""
+    the latents after each step, the last ones the result. Step `first` is the first one, for latents less noisy."""
     timesteps, before = timesteps_of(schedule, sampler, steps), None
     stride = schedule.config.num_train_timesteps // steps
-    for i, timestep in enumerate(timesteps):
+    for i, timestep in enumerate(timesteps[first:], first):
         prediction = denoiser(latents, torch.full((len(latents),), timestep, device=latents.device))
         if sampler == "dpm":
             previous = timesteps[i + 1] if i + 1 < steps else None

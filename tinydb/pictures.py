@@ -1,14 +1,23 @@
 """Pictures for people: pixels to images, grids, and the text that a PNG carries along."""
 
+import json
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 VISIBLE = 128  # pixels: pictures smaller than this are enlarged in a grid
+CAPTION = 24  # pixels that a line of text has there
+
+
+def to_pixels(images: Iterable[Image.Image | np.ndarray]) -> Tensor:
+    """RGB images of one size -> pixels (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
@@ -17,14 +26,19 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def grid(images: list[Image.Image], columns: int) -> Image.Image:
-    """Images of one size, row by row in `columns` columns; small ones are enlarged by a whole factor."""
+def grid(images: list[Image.Image], columns: int, captions: list[str] | None = None) -> Image.Image:
+    """Images of one size, row by row in `columns` columns; small ones are enlarged by a whole factor. Where there are
+    `captions`, each row stands below its own."""
     factor = max(1, -(-VISIBLE // min(images[0].size)))
     width, height = (side * factor for side in images[0].size)
-    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
+    line = CAPTION if captions else 0
+    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * (height + line)), "white")
     for i, image in enumerate(images):
         enlarged = image.resize((width, height), Image.Resampling.BICUBIC)
-        sheet.paste(enlarged, (i % columns * width, i // columns * height))
+        sheet.paste(enlarged, (i % columns * width, i // columns * (height + line) + line))
+    for i, caption in enumerate(captions or []):
+        font = ImageFont.load_default(CAPTION * 0.6)
+        ImageDraw.Draw(sheet).text((4, i * (height + line) + line / 2), caption, "black", font, anchor="lm")
     return sheet
 
 
@@ -39,4 +53,16 @@ def save_png(image: Image.Image, path: Path, parameters: str) -> None:
 def describe(prompt: str, negative: str, **settings: object) -> str:
     """The A1111 `parameters` text: the prompt, the negative prompt, then "Steps: 30, Seed: 1, ..."."""
     lines = [prompt] + ([f"Negative prompt: {negative}"] if negative else [])
-    return "\n".join(lines + [", ".join(f"{name}: {value}" for name, value in settings.items())])
+    quoted = {name: json.dumps(str(value)) if "," in str(value) else value for name, value in settings.items()}
+    return "\n".join(lines + [", ".join(f"{name}: {value}" for name, value in quoted.items())])
+
+
+def read_description(image: Image.Image) -> tuple[str, str, dict[str, str]]:
+    """What `describe` wrote into a PNG: prompt, negative prompt, settings; ValueError where there is nothing of it."""
+    *lines, last = image.info.get("parameters", "").split("\n")
+    settings = {name: json.loads(value) if value.startswith('"') else value
+                for name, value in re.findall(r'(\w[\w ]*): ("(?:\\.|[^"\\])*"|[^,]*)(?:, |$)', last)}
+    if "Steps" not in settings:
+        raise ValueError("it does not say how it was made")
+    prompt, _, negative = "\n".join(lines).partition("\nNegative prompt: ")
+    return prompt, negative, settings

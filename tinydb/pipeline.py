@@ -21,8 +21,8 @@ from tinydb.config import (
     require,
     write_json,
 )
-from tinydb.diffusion import NoiseSchedule, guided, sample
-from tinydb.pictures import to_images
+from tinydb.diffusion import NoiseSchedule, guided, sample, timesteps_of
+from tinydb.pictures import to_images, to_pixels
 from tinydb.tokenizer import PLACEHOLDER, CLIPTokenizer
 from tinydb.unet import UNet2DConditionModel
 from tinydb.vae import AutoencoderKL
@@ -103,12 +103,16 @@ class StableDiffusion:
     @torch.inference_mode()
     def denoise(self, prompts: str | list[str], *, steps: int | None = None, guidance_scale: float | None = None,
                 seed: int = 0, negative: str = "", size: tuple[int, int] | None = None, latents: Tensor | None = None,
-                sampler: str = "ddim", eta: float = 0.0) -> Iterator[Tensor]:
+                init: Image.Image | None = None, strength: float = 0.6, sampler: str = "ddim",
+                eta: float = 0.0) -> Iterator[Tensor]:
         """The latents (B, C, h, w) after each of `steps`, noisy to clean; arguments as in `generate`."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         steps = self.info.recipe.sample_steps if steps is None else steps
         guidance_scale = self.info.recipe.guidance if guidance_scale is None else guidance_scale
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+        first = 0
+        if init is not None:
+            first, latents = self.noised(init, generators, sampler, steps, strength)
         latents = self.initial_latents(generators, size) if latents is None else latents
         require(len(latents) == len(prompts), f"{len(latents)} latents for {len(prompts)} prompts; expected as many")
 
@@ -118,7 +122,22 @@ class StableDiffusion:
         denoiser = guided(unet, self.encode_prompt(prompts), self.encode_prompt([negative] * len(prompts)),
                           guidance_scale)
         yield from sample(self.schedule, denoiser, latents.to(self.device, torch.float32), steps, sampler, eta,
-                          generators)
+                          generators, first)
+
+    def noised(self, init: Image.Image, generators: list[torch.Generator], sampler: str, steps: int,
+               strength: float) -> tuple[int, Tensor]:
+        """Where drawing over a picture begins (SDEdit, arXiv 2108.01073): the step after which `strength` of all
+        `steps` are left, and the latents of `init` with that step's noise, one for each generator."""
+        left = int(steps * strength)
+        require(0 < left <= steps, f"strength {strength}: expected {1 / steps:.2g} (one of {steps} steps) to 1")
+        require(all(side % self.vae.config.factor == 0 for side in init.size),
+                f"init of {init.width}x{init.height}: sides must be multiples of {self.vae.config.factor}")
+        mean, std = (t.float().cpu() for t in self.vae.encode(to_pixels([init]).to(self.device, self.dtype)))
+        drawn = [(mean + std * torch.randn(mean.shape, generator=generator),
+                  torch.randn(mean.shape, generator=generator)) for generator in generators]
+        clean, noise = (torch.cat(parts) for parts in zip(*drawn))
+        timestep = timesteps_of(self.schedule, sampler, steps)[steps - left]
+        return steps - left, self.schedule.add_noise(clean, noise, torch.full((len(clean),), timestep))
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
@@ -128,16 +147,19 @@ class StableDiffusion:
 
     def generate(self, prompts: str | list[str], *, steps: int | None = None, guidance_scale: float | None = None,
                  seed: int = 0, negative: str = "", size: tuple[int, int] | None = None, latents: Tensor | None = None,
-                 sampler: str = "ddim", eta: float = 0.0) -> list[Image.Image]:
+                 init: Image.Image | None = None, strength: float = 0.6, sampler: str = "ddim",
+                 eta: float = 0.0) -> list[Image.Image]:
         """One picture for each prompt.
 
         `steps` and `guidance_scale` come from the model's recipe where they are None. Picture i starts from noise of
         seed + i, or from `latents` (B, C, h, w) where given. `negative` is a prompt to steer away from, `size` (width,
-        height) in pixels. `sampler` is "ddim" or "dpm", which needs fewer steps; `eta` is the fresh noise in each step
-        of DDIM: 0 none, 1 as much as DDPM.
+        height) in pixels. `init` is a picture to draw over, in the last `strength` of the steps: near 0 it stays, at 1
+        little of it is left. `sampler` is "ddim" or "dpm", which needs fewer steps; `eta` is the fresh noise in each
+        step of DDIM: 0 none, 1 as much as DDPM.
         """
         for latents in self.denoise(prompts, steps=steps, guidance_scale=guidance_scale, seed=seed, negative=negative,
-                                    size=size, latents=latents, sampler=sampler, eta=eta):
+                                    size=size, latents=latents, init=init, strength=strength, sampler=sampler,
+                                    eta=eta):
             pass
         return self.decode(latents)
 

@@ -26,8 +26,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import tinydb
 from tinydb.config import InputError, Parser, option, read_json, write_json
-from tinydb.data import fit, open_picture, to_pixels
-from tinydb.pictures import grid
+from tinydb.data import fit, open_picture
+from tinydb.pictures import grid, to_pixels
 from tinydb.pipeline import StableDiffusion, choose_device
 from judge import ATTRIBUTES, Judge, draw_batch, load_judge
 from world import (COLORS, PLACES, SUBJECTS, Scene, Subject, compose, full_caption, phrase, render, sample_scene,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tinydb.data import to_pixels
+from tinydb.pictures import to_pixels
 from tinydb.weights import read_tensors, save_tensors, written_whole
 from world import COLORS, MARKINGS, NOUNS, PLACES, TOPPERS, Look, compose, sample_scene, scene_look
 

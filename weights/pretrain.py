@@ -27,10 +27,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tinydb.clip import CLIPTextModel
 from tinydb.config import (InputError, ModelInfo, Parser, Recipe, ScheduleConfig, TextConfig, UNetConfig, VAEConfig,
                            option)
-from tinydb.data import to_pixels
 from tinydb.diffusion import NoiseSchedule
 from tinydb.layers import ResnetBlock2D
-from tinydb.pictures import grid, to_images
+from tinydb.pictures import grid, to_images, to_pixels
 from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, choose_device
 from tinydb.tokenizer import BOS, EOS, CLIPTokenizer
 from tinydb.unet import Transformer2DModel, UNet2DConditionModel

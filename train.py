@@ -12,7 +12,8 @@ pictures that the model itself made of "a photo of a dog", which it must go on p
     loss = |prediction - target|^2 over instance pictures + prior_weight * the same over class pictures
 
 What a run writes into OUT: inputs.png (what the model sees), class_images/, samples/ (previews), metrics.jsonl,
-config.json, checkpoints/ (to resume, and to sample from) and model/, the result, for sample.py and for diffusers.
+config.json, report.html (all of that on a page, to watch), checkpoints/ (to resume, and to sample from) and model/,
+the result, for sample.py and for diffusers.
 """
 
 import hashlib
@@ -50,6 +51,7 @@ from tinydb.data import Draw, Latents, draw_step, fit, open_picture, read_pictur
 from tinydb.layers import ResnetBlock2D
 from tinydb.pictures import describe, grid, save_png
 from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, choose_device
+from tinydb.report import write_report
 from tinydb.tokenizer import PLACEHOLDER
 from tinydb.unet import Transformer2DModel
 from tinydb.weights import WEIGHT_FILES, canonical_names, read_tensors, remove, save_tensors, written_whole
@@ -440,6 +442,14 @@ def draw_preview(sd: StableDiffusion, prompts: list[str], path: Path, autocast) 
         sd.vae.to("cpu")
 
 
+def refresh_report(out: Path) -> None:
+    """Make OUT/report.html anew. Whatever goes wrong here must not end the training."""
+    try:
+        write_report(out)
+    except Exception as error:
+        tqdm.write(f"no report this time: {error}", file=sys.stderr)
+
+
 def open_metrics(path: Path, step: int) -> TextIO:
     """metrics.jsonl to append to, cut back to what a checkpoint at `step` knows of."""
     lines = path.read_text().splitlines()[:step] if path.exists() else []  # a line a step, the last one perhaps in half
@@ -542,6 +552,8 @@ def main(settings: Settings) -> None:
     if rank == 0:
         metrics = open_metrics(out / "metrics.jsonl", state["step"])
         track = open_tracker(settings.log, out, settings, state["step"])
+        refresh_report(out)
+        print(f"the run as a page: {out / 'report.html'}", file=sys.stderr)
     batch, num_timesteps = settings.batch, sd.schedule.config.num_train_timesteps
     examples_per_step = batch * settings.accumulate * world_size
     previews = [instance_prompt, f"{PLACEHOLDER} {settings.class_noun} on the moon",
@@ -578,6 +590,7 @@ def main(settings: Settings) -> None:
         done = step + 1
         state["step"] = done
         due = done == settings.steps or (settings.save_every > 0 and done % settings.save_every == 0)
+        previewing = settings.sample_every > 0 and done % settings.sample_every == 0
         if rank == 0:
             values = dict(zip(("instance_loss", "prior_loss"), losses))
             shown = {name: f"{value:.4f}" for name, value in values.items()}
@@ -595,7 +608,7 @@ def main(settings: Settings) -> None:
                            for part in ("unet", "text_encoder")}
             if due and (state["best_loss"] is None or values["validation_loss"] <= state["best_loss"]):
                 state |= {"best_step": done, "best_loss": values["validation_loss"]}
-            if settings.sample_every and done % settings.sample_every == 0:
+            if previewing:
                 draw_preview(sd, previews, out / "samples" / f"step-{done:06d}.png", autocast)
             metrics.write(json.dumps({"step": done, **values}) + "\n")
             metrics.flush()
@@ -604,6 +617,8 @@ def main(settings: Settings) -> None:
                 sd.info = replace(sd.info, step=done)
                 save_checkpoint(sd, model, optimizer, scaler, weights, checkpoint_path(out, done), state)
                 drop_checkpoints(out, settings.keep, state["best_step"])
+            if previewing or due or asked_to_stop:
+                refresh_report(out)
         if asked_to_stop:
             break
     if world_size > 1:
@@ -614,6 +629,7 @@ def main(settings: Settings) -> None:
     if rank == 0:
         sd.info = replace(sd.info, step=state["step"])
         sd.save(out / "model", vae_from=weights)
+        refresh_report(out)
         command = f'python sample.py "{PLACEHOLDER} {settings.class_noun} on the moon" --weights'
         print(f"\n{out / 'model'} knows your {settings.class_noun} as {PLACEHOLDER}. Try:\n\n"
               f"    {command} {out / 'model'}\n")

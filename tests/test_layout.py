@@ -22,6 +22,7 @@ MAY_IMPORT = {  # besides the standard library; from the bottom of the package t
     "diffusion": "torch numpy config",  # no network: it takes any callable
     "weights": "torch safetensors config",
     "pictures": "torch numpy PIL",
+    "report": "PIL config tokenizer weights",
     "pipeline": "torch numpy PIL config tokenizer clip unet vae diffusion weights pictures",
     "data": "torch numpy PIL config vae pictures",
     "__init__": "config pipeline",

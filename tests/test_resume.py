@@ -295,6 +295,8 @@ def assert_whole(out: Path, model_files: set[str]) -> None:
             load_file(path)
         elif path.suffix == ".png":
             Image.open(path).load()
+        elif path.suffix == ".html":
+            assert path.read_text().endswith("</html>\n")
     for folder in [out / "model", *out.glob("checkpoints/step-*")]:
         if folder.exists():
             assert model_files <= files(folder).keys()

@@ -109,9 +109,9 @@ def test_curves_are_the_metrics(run):
     assert (left, width) == (0, 100) and top == -height and 0.9 < height < 1.5
     dots = [(float(dot["cx"][:-1]), 1 - float(dot["cy"][:-1]) / 100) for dot in page.all("circle")]
     assert dots == [(20, pytest.approx(0.9 / height, rel=1e-3)), (40, pytest.approx(0.8 / height, rel=1e-3))]
-    labels = [element for tag, element in page.elements if tag == "text" and "y" in element and element["y"] == "100%"]
+    labels = [label for label in page.all("text") if label.get("y") == "100%" and label["x"].endswith("%")]
     assert [label["x"] for label in labels] == ["0%", "20%", "40%", "60%", "80%", "100%", "50%"]
-    assert {"step", "loss", "instance loss 0.0256", "prior loss 0.21", "validation loss 0.8"} <= set(page.texts)
+    assert {"step", "loss", "instance loss 0.0257", "prior loss 0.21", "validation loss 0.8"} <= set(page.texts)
 
 
 def test_curves_of_a_long_run_are_short(run):
@@ -151,7 +151,7 @@ def test_what_the_user_wrote_stays_text(run):
     (out / "checkpoints" / "step-000002").mkdir(parents=True)
     page = report(out)
     assert not page.all("b") and not page.all("i")
-    assert page.texts.count(odd) == 6 and f"a photo of <i> {odd}" in page.texts
+    assert page.texts.count(odd) == 5 and f"a photo of <i> {odd}" in page.texts
     assert any(f"[V] {odd} on the moon" in text for text in page.texts)
 
 

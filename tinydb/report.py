@@ -39,7 +39,7 @@ img { display: block; width: 100%; border-radius: .25rem; }
 table { width: 100%; table-layout: fixed; border-spacing: 0 .375rem; }
 td { padding: 0; }
 th { padding: 0 .25rem; line-height: 1.3; }
-th:first-child { width: 3rem; padding: 0; text-align: left; }
+th:first-child { width: 4rem; padding: 0; text-align: left; }
 .legend { display: flex; flex-wrap: wrap; gap: 0 1.5rem; margin: .5rem 0; padding: 0; list-style: none;
           font-size: .875rem; }
 .legend li::before { content: ""; display: inline-block; width: 1.25rem; margin-right: .5rem; vertical-align: middle;

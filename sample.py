@@ -6,6 +6,7 @@
     python sample.py --prompts prompts.txt                              # one a line; .jsonl lines may set any option
     python sample.py "[V] dog at night" --init dog.png --strength 0.5   # draw over a picture
     python sample.py --from samples/0000-V-dog.png --guidance 6         # the same again, but for one thing
+    python sample.py "[V] dog on the moon" --attention                  # and where each word was looked at
 
 [V] stands for the word under which train.py taught the subject. Prints the paths of the pictures on stdout.
 """
@@ -15,18 +16,22 @@ import math
 import os
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
 from PIL import Image, ImageOps
+from torch import Tensor
 from tqdm import tqdm
 
 import tinydb
 from tinydb.config import InputError, Parser, option, require
 from tinydb.data import open_picture
-from tinydb.pictures import describe, grid, read_description, save_png
+from tinydb.pictures import describe, grid, heat_map, read_description, save_png
 from tinydb.pipeline import StableDiffusion, choose_device
 from tinydb.tokenizer import PLACEHOLDER
+from tinydb.unet import AttentionMaps
+from tinydb.weights import written_whole
 
 TINY = Path(__file__).parent / "weights" / "tiny"
 SAMPLERS = {"ddim": "DDIM", "dpm": "DPM++ 2M"}  # and their names in the metadata that other programs read
@@ -52,6 +57,8 @@ class Settings:
     init: str | None = option(None, "picture to draw over", metavar="PICTURE")
     strength: float = option(0.6, "how much of --init is drawn anew, up to 1", type=float)
     sampler: str = option("ddim", "dpm is DPM-Solver++ 2M, which needs fewer --steps", choices=tuple(SAMPLERS))
+    preview: int = option(0, "draw preview.png anew every N steps, to watch (0: never)", type=int, metavar="N")
+    attention: bool = option(False, "also show where in the picture each word of the prompt is looked at")
     eta: float = option(0.0, "fresh noise in each step of DDIM: 0 is none, 1 is DDPM's", type=float)
     out: str = option("samples", "folder for the pictures, or the name of a .png")
     device: str = option("auto", "cpu, cuda, mps, ... or auto")
@@ -142,6 +149,7 @@ def check(settings: Settings) -> None:
     """InputError for what no model could draw."""
     require(settings.count > 0, f"-n {settings.count}: expected 1 or more")
     require(0 <= settings.seed < 2**32, f"--seed {settings.seed}: expected 0 to {2**32 - 1}")
+    require(settings.preview >= 0, f"--preview {settings.preview}: expected a number of steps, or 0 for none")
     require(0 <= settings.eta <= 1, f"--eta {settings.eta}: expected 0 (DDIM) to 1 (DDPM)")
     require(settings.eta == 0 or settings.sampler == "ddim",
             f"--eta {settings.eta}: only --sampler ddim adds fresh noise; leave one of them out")
@@ -169,38 +177,59 @@ def advise(sd: StableDiffusion, weights: Path, settings: Settings) -> None:
             print(f"the prompt is too long for the text encoder, which will not see: {dropped!r}", file=sys.stderr)
 
 
+def picture_to_draw_over(path: Path, size: tuple[int, int]) -> Image.Image:
+    """The picture of --init, cut to the shape of what is drawn."""
+    try:
+        return ImageOps.fit(open_picture(path), size, Image.Resampling.LANCZOS)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--init {path}: {error}; expected a picture") from None
+
+
+def attention_sheet(image: Image.Image, words: list[tuple[str, slice]], maps: Tensor) -> Image.Image:
+    """A picture and, for each word, where it was looked at: `maps` (T, h, w) of tokens, of which each word has a slice.
+    Every word has a scale of its own."""
+    images = [image] + [heat_map(image, maps[tokens].mean(0)) for _, tokens in words]
+    return grid(images, min(len(images), 6), ["", *(word for word, _ in words)])
+
+
 def draw(sd: StableDiffusion, weights: Path, settings: Settings) -> list[Image.Image]:
     """Draw the pictures of one prompt, save them, print where."""
-    [prompt] = settings.prompt
+    [prompt], out, seed = settings.prompt, Path(settings.out), settings.seed
     steps = sd.info.recipe.sample_steps if settings.steps is None else settings.steps
     guidance = sd.info.recipe.guidance if settings.guidance is None else settings.guidance
     size, init, about_init = parse_size(settings.size) if settings.size else None, None, {}
     if settings.init:
-        try:
-            init = open_picture(Path(settings.init))
-        except (OSError, ValueError) as error:
-            raise InputError(f"--init {settings.init}: {error}; expected a picture") from None
-        init = ImageOps.fit(init, size or (sd.resolution, sd.resolution), Image.Resampling.LANCZOS)
+        init = picture_to_draw_over(Path(settings.init), size or (sd.resolution, sd.resolution))
         about_init = {"Denoising strength": settings.strength, "Init": settings.init}
 
-    images = []
+    images, maps = [], []
     groups = [range(i, min(i + GROUP, settings.count)) for i in range(0, settings.count, GROUP)]
     a_group = max(1, int(steps * settings.strength)) if init else steps
+    preview = out.with_name(f"{out.stem}-preview.png") if out.suffix == ".png" else out / "preview.png"
     with tqdm(total=a_group * len(groups), desc="drawing", unit="step") as progress:
         for group in groups:
-            for latents in sd.denoise([prompt] * len(group), steps=steps, guidance_scale=guidance,
-                                      seed=settings.seed + group[0], negative=settings.negative, size=size, init=init,
-                                      strength=settings.strength, sampler=settings.sampler, eta=settings.eta):
-                progress.update()
+            with AttentionMaps(sd.unet, len(group)) if settings.attention else nullcontext() as watched:
+                for latents, clean in sd.denoise(
+                        [prompt] * len(group), steps=steps, guidance_scale=guidance, seed=seed + group[0],
+                        negative=settings.negative, size=size, init=init, strength=settings.strength,
+                        sampler=settings.sampler, eta=settings.eta):
+                    progress.update()
+                    if settings.preview and progress.n % settings.preview == 0:
+                        with written_whole(preview) as temporary:
+                            save_png(grid(sd.decode(clean), len(group)), temporary, f"step {progress.n} of: {prompt}")
             images += sd.decode(latents)
+            maps += watched.mean() if watched else []
 
-    paths, grid_path = output_paths(Path(settings.out), prompt, settings.count)
+    paths, grid_path = output_paths(out, prompt, settings.count)
     for i, (image, path) in enumerate(zip(images, paths)):
-        about = {"Steps": steps, "Sampler": SAMPLERS[settings.sampler], "CFG scale": guidance,
-                 "Seed": settings.seed + i, "Size": f"{image.width}x{image.height}", "Eta": settings.eta,
-                 **about_init, "Model": str(weights)}
+        about = {"Steps": steps, "Sampler": SAMPLERS[settings.sampler], "CFG scale": guidance, "Seed": seed + i,
+                 "Size": f"{image.width}x{image.height}", "Eta": settings.eta, **about_init, "Model": str(weights)}
         save_png(image, path, describe(prompt, settings.negative, **about))
         print(path)
+        if maps:
+            sheet = attention_sheet(image, sd.words(prompt), maps[i])
+            save_png(sheet, path := path.with_name(f"{path.stem}-attention.png"), f"cross-attention of: {prompt}")
+            print(path)
     if settings.count > 1:
         save_png(grid(images, min(settings.count, 4)), grid_path, f"{settings.count} pictures of: {prompt}")
         print(grid_path)
@@ -212,7 +241,8 @@ def main(jobs: list[Settings]) -> None:
     for settings in jobs:
         check(settings)
     files = [settings.out for settings in jobs if settings.out.endswith(".png")]
-    require(len(files) == len(set(files)), f"--out {', '.join(files[:1])}: several prompts do not fit into one file; name a folder")
+    require(len(files) == len(set(files)),
+            f"--out {', '.join(files[:1])}: several prompts do not fit into one file; name a folder")
     opened, rows = None, []
     for settings in jobs:
         weights = Path(settings.weights) if settings.weights else newest_model()
@@ -225,9 +255,10 @@ def main(jobs: list[Settings]) -> None:
         rows.append(draw(sd, weights, settings))
     sizes = {image.size for row in rows for image in row}
     if len(rows) > 1 and not files and len({len(row) for row in rows}) == len(sizes) == 1:
-        captions = [settings.prompt[0] for settings in jobs]
+        prompts = [settings.prompt[0] for settings in jobs]
+        captions = [caption for prompt in prompts for caption in [prompt] + [""] * (len(rows[0]) - 1)]
         [path], _ = output_paths(Path(jobs[0].out), "series", 1)
-        save_png(grid([image for row in rows for image in row], len(rows[0]), captions), path, " | ".join(captions))
+        save_png(grid([image for row in rows for image in row], len(rows[0]), captions), path, " | ".join(prompts))
         print(path)
 
 

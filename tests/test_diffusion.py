@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from tinydb.config import InputError, ScheduleConfig
-from tinydb.diffusion import NoiseSchedule, ddim_step, guided, sample, timesteps_of
+from tinydb.diffusion import NoiseSchedule, ddim_step, ddim_timesteps, dpm_timesteps, guided, sample
 
 STABLE_DIFFUSION = ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 V_PREDICTION = replace(STABLE_DIFFUSION, prediction_type="v_prediction")
@@ -75,7 +75,7 @@ def test_split_inverts_target(config):
 @pytest.mark.parametrize("steps", [1, 2, 7, 20, 30, 50, 333, 999])
 def test_ddim_timesteps(steps):
     expected = reference(STABLE_DIFFUSION, steps).timesteps.tolist()
-    assert timesteps_of(NoiseSchedule(STABLE_DIFFUSION), "ddim", steps) == expected
+    assert ddim_timesteps(NoiseSchedule(STABLE_DIFFUSION), steps) == expected
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1000])
@@ -93,7 +93,8 @@ def test_ddim_step(config, eta, timestep):
     noise = torch.stack([torch.randn(SHAPE[1:], generator=generator) for generator in seeds(5, 6, 7)])
     expected = reference(config).step(normal(0), timestep, normal(1), eta=eta, variance_noise=noise)
     schedule = NoiseSchedule(config)
-    ours = ddim_step(schedule, normal(0), normal(1), timestep, timestep - 50, eta, seeds(5, 6, 7))
+    clean, noise = schedule.split(normal(0), normal(1), torch.tensor([timestep]))
+    ours = ddim_step(schedule, clean, noise, timestep, max(timestep - 50, 0), eta, seeds(5, 6, 7))
     torch.testing.assert_close(ours, expected.prev_sample, rtol=1e-4, atol=1e-4)
 
 
@@ -105,33 +106,78 @@ def test_ddim_with_the_true_noise_arrives_at_the_clean_latents(config):
     def oracle(latents: Tensor, timesteps: Tensor) -> Tensor:
         return schedule.target(clean, noise, timesteps)
 
-    first = torch.full((len(clean),), timesteps_of(schedule, "ddim", 20)[0])
-    *_, latents = sample(schedule, oracle, schedule.add_noise(clean, noise, first), steps=20)
+    first = torch.full((len(clean),), ddim_timesteps(schedule, 20)[0])
+    *_, (latents, _) = sample(schedule, oracle, schedule.add_noise(clean, noise, first), steps=20)
     zero = torch.zeros(len(clean), dtype=torch.long)
     torch.testing.assert_close(latents, schedule.add_noise(clean, noise, zero), rtol=0, atol=1e-4)
     assert (latents - clean).std() < 0.03
 
 
-@each_prediction
-@pytest.mark.parametrize("steps", [1, 2, 3, 7, 14, 15, 20, 50, 999])
-def test_dpm(config, steps):
-    """DPM-Solver++ as diffusers makes it of the scheduler of a Stable Diffusion folder, from noise to the end."""
-    def network(latents: Tensor, timesteps: Tensor) -> Tensor:
-        return (0.7 * latents).tanh() + (timesteps.view(-1, 1, 1, 1) / 300).sin()
-
-    theirs, expected = DPMSolverMultistepScheduler.from_config(reference(config).config), normal(0)
-    theirs.set_timesteps(steps)
-    assert timesteps_of(NoiseSchedule(config), "dpm", steps) == theirs.timesteps.tolist()
-    for timestep, ours in zip(theirs.timesteps, sample(NoiseSchedule(config), network, normal(0), steps, "dpm")):
-        expected = theirs.step(network(expected, timestep.expand(len(expected))), timestep, expected).prev_sample
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_sampling_leaves_the_starting_latents_alone(eta):
     schedule, start = NoiseSchedule(STABLE_DIFFUSION), normal(0)
-    latents = list(sample(schedule, lambda x, t: 0.1 * x, start, 3, eta=eta, generators=seeds(0, 1, 2)))
+    latents = list(sample(schedule, lambda x, t: 0.1 * x, start, 3, "ddim", eta, seeds(0, 1, 2)))
     assert len(latents) == 3 and torch.equal(start, normal(0))
+
+
+def reference_dpm(config: ScheduleConfig, steps: int) -> DPMSolverMultistepScheduler:
+    """What users of diffusers put in DDIM's place."""
+    scheduler = DPMSolverMultistepScheduler.from_config(reference(config).config)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def stand_in(latents: Tensor, timesteps: Tensor) -> Tensor:
+    """A network of one line: its predictions bend with the latents and with time."""
+    return torch.tanh(latents) * (0.5 + timesteps.view(-1, 1, 1, 1) / 1000)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 20, 50, 333, 999])
+def test_dpm_timesteps(steps):
+    expected = reference_dpm(STABLE_DIFFUSION, steps).timesteps.tolist()
+    assert dpm_timesteps(NoiseSchedule(STABLE_DIFFUSION), steps) == expected
+
+
+@each_prediction
+@pytest.mark.parametrize("steps", [1, 2, 3, 9, 14, 15, 20, 31])
+@pytest.mark.parametrize("skip", [0, 1])
+def test_dpm(config, steps, skip):
+    """Every step of DPM-Solver++ 2M, from pure noise or from part way, is diffusers'."""
+    scheduler, latents = reference_dpm(config, steps), normal(0)
+    scheduler.set_begin_index(skip)
+    ours = list(sample(NoiseSchedule(config), stand_in, latents, steps, "dpm", skip=skip))
+    assert len(ours) == steps - skip
+    for (found, clean), timestep in zip(ours, scheduler.timesteps[skip:]):
+        latents = scheduler.step(stand_in(latents, timestep), timestep, latents).prev_sample
+        torch.testing.assert_close(found, latents, rtol=1e-4, atol=2e-5)
+    if ours:
+        assert torch.equal(found, clean)  # no noise is left
+
+
+def test_dpm_needs_fewer_steps():
+    """It comes closer than DDIM to where a thousand steps lead, from the same noise with as many calls."""
+    schedule, start = NoiseSchedule(STABLE_DIFFUSION), normal(0)
+    [end], [ddim], [dpm] = ([latents for latents, _ in sample(schedule, stand_in, start, steps, sampler)][-1:]
+                            for steps, sampler in ((999, "dpm"), (20, "ddim"), (20, "dpm")))
+    assert (dpm - end).std() < (ddim - end).std() / 3
+
+
+def test_predictions_of_the_clean_latents():
+    """An oracle's are the truth from the first step on, whatever the sampler."""
+    schedule, clean, noise = NoiseSchedule(STABLE_DIFFUSION), normal(0), normal(1)
+    for sampler, first in (("ddim", 751), ("dpm", 999)):
+        start = schedule.add_noise(clean, noise, torch.full((len(clean),), first))
+        predictions = [p for _, p in sample(schedule, lambda latents, timesteps: noise, start, 4, sampler)]
+        torch.testing.assert_close(torch.stack(predictions), clean.expand(4, *SHAPE), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("steps, sampler, eta, words", [
+    (1000, "dpm", 0.0, "steps 1000: expected 1 to 999"), (0, "dpm", 0.0, "steps 0: expected 1 to 999"),
+    (5, "euler", 0.0, "sampler 'euler': expected one of ddim, dpm"), (5, "dpm", 0.5, "eta 0.5: the sampler dpm"),
+])
+def test_what_a_sampler_cannot_do(steps, sampler, eta, words):
+    with pytest.raises(InputError, match=words):
+        next(sample(NoiseSchedule(STABLE_DIFFUSION), stand_in, normal(0), steps, sampler, eta))
 
 
 class Recorder:

@@ -9,12 +9,14 @@ import pytest
 import torch
 from conftest import Pair, difference, edit_json, edit_tensors, prefixed
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 import tinydb
 from tinydb.config import Recipe
+from tinydb.unet import AttentionMaps
 
 PROMPT = "a photo of ohwx dog"
 
@@ -173,9 +175,72 @@ def test_recipe_decides_what_is_not_given(pairs):
 
 
 def test_denoise_yields_every_step(pairs):
-    *_, before, last = steps = list(pairs("tiny").sd.denoise(PROMPT, steps=4))
-    assert len(steps) == 4 and not torch.equal(before, last)
+    """The latents, and beside them the prediction, to which they come ever closer."""
+    steps = list(pairs("tiny").sd.denoise(PROMPT, steps=4))
+    distances = [(latents - clean).std().item() for latents, clean in steps]
+    assert distances == sorted(distances, reverse=True) and distances[0] > 10 * distances[3] and len(steps) == 4
+    last, _ = steps[3]
     assert difference(pairs("tiny").sd.decode(last), pairs("tiny").sd.generate(PROMPT, steps=4)) == 0
+
+
+class Recorder(AttnProcessor):
+    """diffusers' attention, which keeps the mean over heads of the probabilities that it works out."""
+
+    def __init__(self):
+        self.found = []
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, **settings):
+        if encoder_hidden_states is not None:
+            query, key = attn.to_q(hidden_states), attn.to_k(encoder_hidden_states)
+            scores = attn.get_attention_scores(attn.head_to_batch_dim(query), attn.head_to_batch_dim(key))
+            self.found.append(scores.unflatten(0, (-1, attn.heads)).mean(1))
+        return super().__call__(attn, hidden_states, encoder_hidden_states, **settings)
+
+
+@torch.inference_mode()
+def test_attention_maps(pairs):
+    """The mean of what diffusers' attention works out, of the conditional half; odd sizes are enlarged like others."""
+    pair, recorder = pairs("sd1"), Recorder()
+    latents, text_embeds = torch.randn(4, 4, 5, 6), pair.sd.encode_prompt(["", "the", PROMPT, "the red cat"])
+    with AttentionMaps(pair.sd.unet, pictures=2) as maps:
+        for t in (700, 300):
+            pair.sd.unet(latents, torch.full((4,), t), text_embeds)
+    processors = pair.reference.unet.attn_processors
+    pair.reference.unet.set_attn_processor(recorder)
+    for t in (700, 300):
+        pair.reference.unet(latents, t, text_embeds)
+    pair.reference.unet.set_attn_processor(processors)
+    sizes = {30: (5, 6), 9: (3, 3), 4: (2, 2)}
+    expected = torch.stack([torch.nn.functional.interpolate(
+        found[2:].transpose(1, 2).unflatten(2, sizes[found.shape[1]]), (5, 6), mode="bilinear")
+        for found in recorder.found]).mean(0)
+    torch.testing.assert_close(maps.mean(), expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(maps.mean().sum(1), torch.ones(2, 5, 6))
+
+
+def test_attention_is_watched_inside_the_with_only(pairs):
+    """With guidance it is the prompt's; afterwards no hook is left, and the picture never changes."""
+    sd, options = pairs("tiny").sd, {"steps": 1, "seed": 3}
+    plain = sd.generate(PROMPT, guidance_scale=4.0, **options)
+    found = []
+    for scale in (1.0, 4.0):
+        with AttentionMaps(sd.unet, pictures=1) as maps:
+            sd.generate(PROMPT, guidance_scale=scale, negative="the cat", **options)
+        found.append(maps.mean())
+    torch.testing.assert_close(*found)
+    calls = maps.calls
+    assert difference(sd.generate(PROMPT, guidance_scale=4.0, **options), plain) == 0 and maps.calls == calls
+    with AttentionMaps(sd.unet, pictures=1):
+        assert difference(sd.generate(PROMPT, guidance_scale=4.0, **options), plain) == 0
+
+
+def test_words_and_their_tokens(pairs):
+    sd = replace(pairs("tiny").sd, info=replace(pairs("tiny").sd.info, identifier="zwx"))
+    ids = sd.tokenizer.encode("the zwx, dog")[0].tolist()
+    words = sd.words("the [V],  dog")
+    assert [word for word, _ in words] == ["the", "[V],", "dog"]
+    assert sum([ids[tokens] for _, tokens in words], []) == ids[1 : ids.index(sd.tokenizer.vocab["<|endoftext|>"])]
+    assert len(sd.words("dog " * 80)) == 75
 
 
 def test_more_pictures_than_are_decoded_at_once(pairs):

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import difference, edit_json
 from PIL import Image, ImageOps
 from processes import ROOT
@@ -15,7 +17,8 @@ from processes import ROOT
 import sample
 import tinydb
 from tinydb.config import Parser
-from tinydb.pictures import grid
+from tinydb.pictures import grid, heat_map, save_png
+from tinydb.unet import AttentionMaps
 
 
 @pytest.fixture
@@ -143,6 +146,51 @@ def test_picture_tells_its_sampler(draw):
     assert "Sampler: DPM++ 2M, " in picture.text["parameters"]
 
 
+# ------------------------------------------------------------------------------------ to watch and to look into
+
+
+def test_preview_is_what_the_model_predicts_on_the_way(draw, nano, tmp_path, monkeypatch):
+    """Every so many steps the same file, whole at any time, and the pictures are the same."""
+    seen = []
+    monkeypatch.setattr(sample, "save_png", lambda image, path, text: (seen.append(image), save_png(image, path, text)))
+    pictures = draw("a dog", steps=5, preview=2)
+    assert list(pictures) == ["out/0000-a-dog.png", "out/preview.png"]
+    sd = tinydb.load(nano)
+    predictions = [grid(sd.decode(clean), 1) for _, clean in sd.denoise("a dog", steps=5)]
+    assert [difference([found], [predictions[i]]) for found, i in zip(seen, (1, 3))] == [0, 0] and len(seen) == 3
+    assert difference([pictures["out/preview.png"]], [predictions[3]]) == 0
+    assert difference([pictures["out/0000-a-dog.png"]], draw("a dog", steps=5).values()) == 0
+
+
+def test_preview_beside_a_picture_that_is_named(draw, tmp_path):
+    assert list(draw("a dog", preview=1, out=str(tmp_path / "cat.png"))) == ["cat-preview.png", "cat.png"]
+
+
+def test_attention_sheet(draw, nano, capsys):
+    """Beside each picture, which is the same without, a map for each word: where the UNet looks at its tokens most."""
+    pictures = draw("[V] dog", attention=True, count=2)
+    assert list(pictures) == ["out/0000-V-dog-attention.png", "out/0000-V-dog-grid.png", "out/0000-V-dog.png",
+                              "out/0001-V-dog-attention.png", "out/0001-V-dog.png"]
+    assert sum(line.endswith("-attention.png") for line in capsys.readouterr().out.split()) == 2
+    plain = draw("[V] dog", count=2)
+    assert difference([pictures["out/0001-V-dog.png"]], [plain["out/0003-V-dog.png"]]) == 0
+    sd = tinydb.load(nano)
+    with AttentionMaps(sd.unet, 2) as maps:
+        images = sd.generate(["[V] dog"] * 2)
+    expected = [images[1], *(heat_map(images[1], maps.mean()[1, tokens].mean(0)) for _, tokens in sd.words("[V] dog"))]
+    sheet = pictures["out/0001-V-dog-attention.png"]
+    assert difference([sheet], [grid(expected, 3, ["", "[V]", "dog"])]) <= 1 and sheet.size == (3 * 128, 128 + 24)
+
+
+def test_heat_map():
+    """Cold is dark, hot is white, the picture shows through."""
+    values = torch.zeros(4, 4)
+    values[3, 3] = 5.0
+    heat = np.asarray(heat_map(Image.new("RGB", (64, 64), (100, 100, 100)), values))
+    assert heat[0, 0].tolist() == [40] * 3 and heat[63, 63].tolist() == [193] * 3
+    assert np.asarray(heat_map(Image.new("RGB", (64, 64)), torch.ones(4, 4))).max() == 0  # the same everywhere
+
+
 # ------------------------------------------------------------- several prompts, and drawing on from pictures
 
 
@@ -159,6 +207,7 @@ def test_series_has_the_same_noise_for_each_prompt(command, nano, tmp_path):
                      "0002-the-cat-grid.png", "0004-series.png"]
     folder = tmp_path / "samples"
     assert Image.open(folder / names[-1]).size == (256, 2 * (128 + 24))  # a row and a line of text for each prompt
+    assert np.asarray(Image.open(folder / names[-1]).convert("L"))[:24].min() < 100
     seeds = [re.search(r"Seed: (\d+)", Image.open(folder / names[i]).text["parameters"])[1] for i in (0, 1, 3, 4)]
     assert seeds == ["0", "1", "0", "1"]
 
@@ -289,6 +338,7 @@ def test_warns_of_what_is_lost_once_the_placeholder_is_spelled_out(draw, nano, t
     (["--guidance", "high"], ["--guidance", "high"]), (["--guidance", "nan"], ["--guidance nan"]),
     (["--seed", "-1"], ["--seed -1"]), (["--seed", "18446744073709551616"], ["--seed", "1844674"]),
     (["--eta", "1.5"], ["--eta 1.5", "0 (DDIM) to 1"]), (["--eta", "nan"], ["--eta nan"]),
+    (["--preview", "-1"], ["--preview -1"]),
     (["--eta", "1", "--sampler", "dpm"], ["--eta 1.0", "--sampler ddim"]), (["--sampler", "plms"], ["plms", "dpm"]),
     (["--init", "nowhere.png"], ["--init nowhere.png"]), (["--init", "file"], ["--init file", "not a picture"]),
     (["--size", "16"], ["--size 16", "WIDTHxHEIGHT"]), (["--size", "axb"], ["--size axb"]),

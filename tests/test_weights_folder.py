@@ -109,7 +109,8 @@ def test_the_folder_is_small_and_says_where_it_comes_from(tiny: tinydb.StableDif
 
 
 @pytest.mark.parametrize("taught", [False, True])
-def test_diffusers_opens_the_folder_and_draws_the_same_pictures(tiny: tinydb.StableDiffusion, tmp_path: Path, taught: bool):
+def test_diffusers_opens_the_folder_and_draws_the_same_pictures(tiny: tinydb.StableDiffusion, tmp_path: Path,
+                                                                taught: bool):
     """As shipped, and as train.py writes it: its own fp32 weights beside the fp16 autoencoder it started from."""
     folder = ROOT / "weights" / "tiny"
     if taught:

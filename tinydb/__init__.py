@@ -1,8 +1,17 @@
 """Stable Diffusion and DreamBooth from scratch, in plain PyTorch.
 
     import tinydb
-    sd = tinydb.load("weights/tiny")
-    sd.generate("a red dog on the moon", seed=1)[0]  # a PIL image, which notebooks display
+    sd = tinydb.load("weights/tiny")  # or runs/dog/model, or any Stable Diffusion 1.x or 2.x folder
+    [image] = sd.generate("a red dog on the moon", seed=1)
+    image  # a PIL image, which a notebook shows
+
+Several prompts, fewer steps, a picture to draw over: `help(sd.generate)`. Step by step, to watch:
+
+    for latents, predicted in sd.denoise("a red dog on the moon"):
+        [image] = sd.decode(predicted)
+
+Its parts are PyTorch modules to look into and to call: sd.text_encoder, sd.unet, sd.vae, with sd.tokenizer and
+sd.schedule. `train.py --images DIR --class dog` teaches it your dog; after that "[V] dog" in a prompt is yours.
 """
 
 from tinydb.config import InputError

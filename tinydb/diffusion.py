@@ -1,4 +1,4 @@
-"""The mathematics of diffusion: noise schedule, forward process, training target, DDIM and DPM-Solver++, guidance.
+"""The mathematics of diffusion: noise schedule, forward process, training target, two samplers, guidance.
 
 Nothing here knows a network: sampling takes any callable that predicts what the schedule's `prediction_type` says.
 """
@@ -29,6 +29,11 @@ class NoiseSchedule:
         alphas_cumprod = self.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
         return alphas_cumprod.sqrt().to(like), (1 - alphas_cumprod).sqrt().to(like)
 
+    def log_alpha_by_sigma(self, timestep: int) -> float:
+        """lambda_t = log(alpha_t / sigma_t), half the logarithm of the signal-to-noise ratio."""
+        alpha_cumprod = self.alphas_cumprod[timestep].item()
+        return 0.5 * math.log(alpha_cumprod / (1 - alpha_cumprod))
+
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The forward process in one jump: x_t = sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t) noise."""
         alpha, sigma = self.coefficients(timesteps, latents)
@@ -49,27 +54,41 @@ class NoiseSchedule:
         return alpha * noisy - sigma * prediction, alpha * prediction + sigma * noisy
 
 
-def timesteps_of(schedule: NoiseSchedule, sampler: str, steps: int) -> list[int]:
-    """`steps` evenly spaced timesteps from noisy to clean. For 20 of "ddim" 951, 901 ... 1, shifted by one as in Stable
-    Diffusion; of "dpm" 999, 949 ... 50, since its last step goes on to no noise at all."""
-    last = schedule.config.num_train_timesteps - 1
-    if not 1 <= steps <= last:
-        raise InputError(f"steps {steps}: expected 1 to {last}, the timesteps that the model was trained on")
-    if sampler == "dpm":
-        return [round(i * last / steps) for i in range(steps, 0, -1)]
+def ddim_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
+    """`steps` evenly spaced timesteps from noisy to clean, shifted by one as in Stable Diffusion: 981, 961 ... 1."""
     stride = schedule.config.num_train_timesteps // steps
     return [i * stride + 1 for i in reversed(range(steps))]
 
 
-def ddim_step(schedule: NoiseSchedule, prediction: Tensor, latents: Tensor, timestep: int, previous: int,
-              eta: float = 0.0, generators: list[torch.Generator] | None = None) -> Tensor:
-    """One step x_t -> x_previous of DDIM (arXiv 2010.02502, equation 12).
+def dpm_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
+    """`steps` evenly spaced timesteps from the noisiest on, 0 being left for the end: 999, 949 ... 50.
 
-    `eta` 0 is deterministic; 1 is DDPM's variance, its noise drawn from one generator per picture. The last step's
-    `previous` lies before 0, where alphas_cumprod stays that of timestep 0.
+    DDIM keeps off timestep 999 and spends its last step on 1 -> 0; with few steps that matters. This is diffusers'
+    "linspace", that is what `DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)` takes in our folders.
     """
-    clean, noise = schedule.split(prediction, latents, torch.tensor([timestep]))
-    alpha_t, alpha_prev = (schedule.alphas_cumprod[max(t, 0)].item() for t in (timestep, previous))
+    return np.linspace(0, schedule.config.num_train_timesteps - 1, steps + 1).round().astype(int)[:0:-1].tolist()
+
+
+SAMPLERS = {"ddim": ddim_timesteps, "dpm": dpm_timesteps}
+
+
+def sampler_timesteps(schedule: NoiseSchedule, steps: int, sampler: str) -> list[int]:
+    """The timesteps at which the sampler "ddim" or "dpm" asks the network, from noisy to clean."""
+    limit = schedule.config.num_train_timesteps - 1
+    if not 1 <= steps <= limit:
+        raise InputError(f"steps {steps}: expected 1 to {limit}, the timesteps that the model was trained on")
+    if sampler not in SAMPLERS:
+        raise InputError(f"sampler {sampler!r}: expected one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[sampler](schedule, steps)
+
+
+def ddim_step(schedule: NoiseSchedule, clean: Tensor, noise: Tensor, timestep: int, previous: int,
+              eta: float = 0.0, generators: list[torch.Generator] | None = None) -> Tensor:
+    """One step x_t -> x_previous of DDIM (arXiv 2010.02502, equation 12), from the two that x_t is said to be made of.
+
+    `eta` 0 is deterministic; 1 is DDPM's variance, its noise drawn from one generator per picture.
+    """
+    alpha_t, alpha_prev = (schedule.alphas_cumprod[t].item() for t in (timestep, previous))
     sigma = eta * ((1 - alpha_prev) / (1 - alpha_t) * (1 - alpha_t / alpha_prev)) ** 0.5  # equation 16
     latents = alpha_prev**0.5 * clean + (1 - alpha_prev - sigma**2) ** 0.5 * noise
     if eta > 0:
@@ -78,32 +97,22 @@ def ddim_step(schedule: NoiseSchedule, prediction: Tensor, latents: Tensor, time
     return latents
 
 
-def dpm_step(schedule: NoiseSchedule, prediction: Tensor, latents: Tensor, timestep: int, previous: int | None,
-             before: tuple[int, Tensor] | None) -> tuple[Tensor, tuple[int, Tensor]]:
-    """One step x_t -> x_previous of DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2).
+def dpm_step(schedule: NoiseSchedule, clean: Tensor, noise: Tensor, timestep: int, previous: int,
+             earlier: tuple[Tensor, int] | None) -> Tensor:
+    """One step x_t -> x_previous of DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2); 0 is the end, without any noise.
 
-    It is DDIM's step towards a better guess of x_0. DDIM keeps the guess of this timestep; here it moves on along the
-    line through this one and the one `before`, half a step of log(alpha / sigma) ahead. Returns the latents, and what
-    to give as `before` next time. The first step has None there; the last one, `previous` None, ends at the guess.
+    DDIM's step is exact if the network would say the same `clean` all the way to `previous`. But it changes, and
+    `earlier`, the clean latents and timestep of the step before, tells how: about linearly in lambda. So take `clean`
+    from the middle of this step, and `noise` so that alpha_t clean + sigma_t noise still are the same latents.
     """
-    def alpha_sigma(t: int) -> tuple[float, float]:
-        alphas_cumprod = schedule.alphas_cumprod[t].item()
-        return alphas_cumprod**0.5, (1 - alphas_cumprod) ** 0.5
-
-    def log_snr(t: int) -> float:
-        alpha, sigma = alpha_sigma(t)
-        return math.log(alpha / sigma)
-
-    clean, _ = schedule.split(prediction, latents, torch.tensor([timestep]))
-    if previous is None:
-        return clean, (timestep, clean)
-    guess = clean
-    if before is not None:
-        timestep_before, clean_before = before
-        ratio = (log_snr(previous) - log_snr(timestep)) / (log_snr(timestep) - log_snr(timestep_before))
-        guess = clean + ratio / 2 * (clean - clean_before)
-    (alpha, sigma), (alpha_prev, sigma_prev) = alpha_sigma(timestep), alpha_sigma(previous)
-    return alpha_prev * guess + sigma_prev * (latents - alpha * guess) / sigma, (timestep, clean)
+    if previous == 0:
+        return clean
+    if earlier is not None:
+        earlier_clean, earlier_timestep = earlier
+        lambda_earlier, lambda_t, lambda_prev = map(schedule.log_alpha_by_sigma, (earlier_timestep, timestep, previous))
+        change = (clean - earlier_clean) * (lambda_prev - lambda_t) / (lambda_t - lambda_earlier) / 2
+        clean, noise = clean + change, noise - math.exp(lambda_t) * change
+    return ddim_step(schedule, clean, noise, timestep, previous)
 
 
 def guided(model: Callable[[Tensor, Tensor, Tensor], Tensor], text_embeds: Tensor, negative_embeds: Tensor,
@@ -127,16 +136,23 @@ def guided(model: Callable[[Tensor, Tensor, Tensor], Tensor], text_embeds: Tenso
 
 def sample(schedule: NoiseSchedule, denoiser: Callable[[Tensor, Tensor], Tensor], latents: Tensor, steps: int,
            sampler: str = "ddim", eta: float = 0.0, generators: list[torch.Generator] | None = None,
-           first: int = 0) -> Iterator[Tensor]:
-    """From pure noise `latents` (B, C, h, w) by "ddim", or by "dpm", which needs fewer steps and knows no `eta`; yields
-    the latents after each step, the last ones the result. Step `first` is the first one, for latents less noisy."""
-    timesteps, before = timesteps_of(schedule, sampler, steps), None
-    stride = schedule.config.num_train_timesteps // steps
-    for i, timestep in enumerate(timesteps[first:], first):
+           skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """From pure noise to clean latents (B, C, h, w) in `steps` steps of the sampler "ddim" or "dpm" (DPM-Solver++ 2M).
+
+    Yields, after each step, the latents and the clean latents that the network predicted in it: the last latents are
+    the result, and the predictions a preview. `eta` and `generators` are for `ddim_step`. With `skip` the sampler
+    starts that many steps later, from latents that carry the noise of its timestep there.
+    """
+    timesteps = sampler_timesteps(schedule, steps, sampler)
+    if sampler == "dpm" and eta > 0:
+        raise InputError(f"eta {eta}: the sampler dpm adds no noise; expected 0, or the sampler ddim")
+    earlier = None
+    for timestep, previous in zip(timesteps[skip:], [*timesteps[skip + 1 :], 0]):
         prediction = denoiser(latents, torch.full((len(latents),), timestep, device=latents.device))
-        if sampler == "dpm":
-            previous = timesteps[i + 1] if i + 1 < steps else None
-            latents, before = dpm_step(schedule, prediction, latents, timestep, previous, before)
+        clean, noise = schedule.split(prediction, latents, torch.tensor([timestep]))
+        if sampler == "ddim":
+            latents = ddim_step(schedule, clean, noise, timestep, previous, eta, generators)
         else:
-            latents = ddim_step(schedule, prediction, latents, timestep, timestep - stride, eta, generators)
-        yield latents
+            latents = dpm_step(schedule, clean, noise, timestep, previous, earlier)
+        earlier = clean, timestep
+        yield latents, clean

@@ -1,4 +1,4 @@
-"""Pictures for people: pixels to images, grids, and the text that a PNG carries along."""
+"""Pictures for people: pixels to images, grids, heat maps, and the text that a PNG carries along."""
 
 import json
 import re
@@ -27,19 +27,29 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 
 def grid(images: list[Image.Image], columns: int, captions: list[str] | None = None) -> Image.Image:
-    """Images of one size, row by row in `columns` columns; small ones are enlarged by a whole factor. Where there are
-    `captions`, each row stands below its own."""
+    """Images of one size, row by row in `columns` columns; small ones are enlarged by a whole factor. `captions`, one
+    for each image, stand above it; a long one goes on over the next images, whose own may be empty."""
     factor = max(1, -(-VISIBLE // min(images[0].size)))
     width, height = (side * factor for side in images[0].size)
     line = CAPTION if captions else 0
     sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * (height + line)), "white")
     for i, image in enumerate(images):
         enlarged = image.resize((width, height), Image.Resampling.BICUBIC)
-        sheet.paste(enlarged, (i % columns * width, i // columns * (height + line) + line))
-    for i, caption in enumerate(captions or []):
-        font = ImageFont.load_default(CAPTION * 0.6)
-        ImageDraw.Draw(sheet).text((4, i * (height + line) + line / 2), caption, "black", font, anchor="lm")
+        left, top = i % columns * width, i // columns * (height + line)
+        sheet.paste(enlarged, (left, top + line))
+        if captions:
+            font = ImageFont.load_default(CAPTION * 0.6)
+            ImageDraw.Draw(sheet).text((left + 4, top + line / 2), captions[i], "black", font, anchor="lm")
     return sheet
+
+
+def heat_map(image: Image.Image, values: Tensor) -> Image.Image:
+    """The image in grey and, over it, `values` (h, w): black, red, yellow, white from their least to their largest."""
+    values = (values - values.min()) / (values.max() - values.min()).clamp_min(1e-12)
+    heat = np.asarray(Image.fromarray(values.float().cpu().numpy()).resize(image.size, Image.Resampling.BICUBIC))
+    colors = 255 * np.clip(3 * heat[:, :, None] - (0, 1, 2), 0, 1)  # (H, W, 3): red is full at a third, green at two
+    grey = np.asarray(image.convert("L"))[:, :, None]
+    return Image.fromarray((0.4 * grey + 0.6 * colors).round().astype(np.uint8))
 
 
 def save_png(image: Image.Image, path: Path, parameters: str) -> None:

@@ -21,7 +21,7 @@ from tinydb.config import (
     require,
     write_json,
 )
-from tinydb.diffusion import NoiseSchedule, guided, sample, timesteps_of
+from tinydb.diffusion import NoiseSchedule, guided, sample, sampler_timesteps
 from tinydb.pictures import to_images, to_pixels
 from tinydb.tokenizer import PLACEHOLDER, CLIPTokenizer
 from tinydb.unet import UNet2DConditionModel
@@ -90,6 +90,15 @@ class StableDiffusion:
         ids = self.tokenizer.encode([prompt.replace(PLACEHOLDER, self.identifier) for prompt in prompts])
         return self.text_encoder(ids.to(self.device))
 
+    def words(self, prompt: str) -> list[tuple[str, slice]]:
+        """The words of a prompt, each with its tokens among those of `encode_prompt`; not those that are cut off."""
+        places, start = [], 1  # after the start token
+        for word in prompt.split():
+            end = start + len(self.tokenizer.bpe.encode(word.replace(PLACEHOLDER, self.identifier)).ids) - 2
+            places.append((word, slice(start, end)))
+            start = end
+        return [(word, tokens) for word, tokens in places if tokens.stop < self.tokenizer.max_length]
+
     def initial_latents(self, generators: list[torch.Generator], size: tuple[int, int] | None = None) -> Tensor:
         """Pure noise (B, C, height / factor, width / factor) for pictures of `size` (width, height), drawn on the
         CPU so that a seed means the same picture on every device."""
@@ -104,15 +113,16 @@ class StableDiffusion:
     def denoise(self, prompts: str | list[str], *, steps: int | None = None, guidance_scale: float | None = None,
                 seed: int = 0, negative: str = "", size: tuple[int, int] | None = None, latents: Tensor | None = None,
                 init: Image.Image | None = None, strength: float = 0.6, sampler: str = "ddim",
-                eta: float = 0.0) -> Iterator[Tensor]:
-        """The latents (B, C, h, w) after each of `steps`, noisy to clean; arguments as in `generate`."""
+                eta: float = 0.0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The way to the pictures: after each step the latents (B, C, h, w), noisy to clean, and the clean latents that
+        the model predicted in it, for a preview; `decode` makes pictures of both. Arguments as in `generate`."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
         steps = self.info.recipe.sample_steps if steps is None else steps
         guidance_scale = self.info.recipe.guidance if guidance_scale is None else guidance_scale
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-        first = 0
+        skip = 0
         if init is not None:
-            first, latents = self.noised(init, generators, sampler, steps, strength)
+            skip, latents = self.noised(init, generators, sampler, steps, strength)
         latents = self.initial_latents(generators, size) if latents is None else latents
         require(len(latents) == len(prompts), f"{len(latents)} latents for {len(prompts)} prompts; expected as many")
 
@@ -122,12 +132,12 @@ class StableDiffusion:
         denoiser = guided(unet, self.encode_prompt(prompts), self.encode_prompt([negative] * len(prompts)),
                           guidance_scale)
         yield from sample(self.schedule, denoiser, latents.to(self.device, torch.float32), steps, sampler, eta,
-                          generators, first)
+                          generators, skip)
 
     def noised(self, init: Image.Image, generators: list[torch.Generator], sampler: str, steps: int,
                strength: float) -> tuple[int, Tensor]:
-        """Where drawing over a picture begins (SDEdit, arXiv 2108.01073): the step after which `strength` of all
-        `steps` are left, and the latents of `init` with that step's noise, one for each generator."""
+        """Where drawing over a picture begins (SDEdit, arXiv 2108.01073): how many steps to skip so that `strength` of
+        all `steps` are left, and the latents of `init` with the noise of the next one, one for each generator."""
         left = int(steps * strength)
         require(0 < left <= steps, f"strength {strength}: expected {1 / steps:.2g} (one of {steps} steps) to 1")
         require(all(side % self.vae.config.factor == 0 for side in init.size),
@@ -136,7 +146,7 @@ class StableDiffusion:
         drawn = [(mean + std * torch.randn(mean.shape, generator=generator),
                   torch.randn(mean.shape, generator=generator)) for generator in generators]
         clean, noise = (torch.cat(parts) for parts in zip(*drawn))
-        timestep = timesteps_of(self.schedule, sampler, steps)[steps - left]
+        timestep = sampler_timesteps(self.schedule, steps, sampler)[steps - left]
         return steps - left, self.schedule.add_noise(clean, noise, torch.full((len(clean),), timestep))
 
     @torch.inference_mode()
@@ -149,17 +159,24 @@ class StableDiffusion:
                  seed: int = 0, negative: str = "", size: tuple[int, int] | None = None, latents: Tensor | None = None,
                  init: Image.Image | None = None, strength: float = 0.6, sampler: str = "ddim",
                  eta: float = 0.0) -> list[Image.Image]:
-        """One picture for each prompt.
+        """Draw: one PIL image for each prompt, which a notebook shows when it is a cell's last line.
 
-        `steps` and `guidance_scale` come from the model's recipe where they are None. Picture i starts from noise of
-        seed + i, or from `latents` (B, C, h, w) where given. `negative` is a prompt to steer away from, `size` (width,
-        height) in pixels. `init` is a picture to draw over, in the last `strength` of the steps: near 0 it stays, at 1
-        little of it is left. `sampler` is "ddim" or "dpm", which needs fewer steps; `eta` is the fresh noise in each
-        step of DDIM: 0 none, 1 as much as DDPM.
+        prompts         a text, or a list of them; [V] is the subject that train.py taught
+        steps           of the sampler: more are finer and slower (default: the model's recipe)
+        guidance_scale  how closely to follow the prompt, 1 is no guidance (default: the model's recipe)
+        seed            picture i starts from noise of seed + i; the same seed is the same picture
+        negative        a prompt to steer away from
+        size            (width, height) in pixels (default: what the model was trained on)
+        latents         (B, C, h, w) to start from in place of the seeds' noise
+        init, strength  a PIL image to draw over in the last `strength` of the steps: near 0 it stays, at 1 little of it
+        sampler         "ddim", or "dpm" (DPM-Solver++ 2M), which needs about half the steps
+        eta             fresh noise in each step of DDIM: 0 is none, 1 as much as DDPM's
+
+        Raises InputError, one line with what was expected, for what the model cannot draw.
         """
-        for latents in self.denoise(prompts, steps=steps, guidance_scale=guidance_scale, seed=seed, negative=negative,
-                                    size=size, latents=latents, init=init, strength=strength, sampler=sampler,
-                                    eta=eta):
+        for latents, _ in self.denoise(
+                prompts, steps=steps, guidance_scale=guidance_scale, seed=seed, negative=negative, size=size,
+                latents=latents, init=init, strength=strength, sampler=sampler, eta=eta):
             pass
         return self.decode(latents)
 

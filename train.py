@@ -81,11 +81,13 @@ class Settings:
     batch: int | None = option(None, "instance pictures per process and micro-step; as many class pictures ride along "
                                      "(default: recipe)", type=int)
     accumulate: int = option(1, "micro-steps per step: a larger batch in the same memory", type=int)
+    freeze_text: bool = option(False, "train the UNet alone: less memory, a little less likeness")
     lr: float | None = option(None, "learning rate (default: recipe)", type=float)
+    lr_text: float | None = option(None, "the text encoder's learning rate (default: recipe, in proportion to --lr)",
+                                   type=float)
     prior_weight: float = option(1.0, "weight of the class pictures' loss; 0 does without them", type=float)
     class_images: int | None = option(None, "class pictures to train with (default: recipe)", type=int)
     class_dir: str | None = option(None, "folder with class pictures of your own, or an earlier run's class_images")
-    freeze_text: bool = option(False, "train the UNet alone: less memory, a little less likeness")
     precision: str = option("auto", "of the arithmetic; trained weights are always fp32. auto: bf16 or fp16 on a GPU",
                             choices=("auto", "fp32", "bf16", "fp16"))
     checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, a third slower")
@@ -101,16 +103,18 @@ class Settings:
 
     def resolve(self, recipe: Recipe) -> "Settings":
         """These settings with the recipe's numbers where nothing was given, all of them checked."""
-        lr = recipe.lr_freeze_text if self.freeze_text else recipe.lr
+        require(self.lr_text is None or not self.freeze_text, "--lr-text with --freeze-text: leave one of them out")
+        lr = (recipe.lr_freeze_text if self.freeze_text else recipe.lr) if self.lr is None else self.lr
+        lr_text = lr * (recipe.lr_text / recipe.lr) if self.lr_text is None else self.lr_text
         given = {"out": self.out or str(Path("runs") / Path(self.images).resolve().name),
                  "steps": recipe.steps if self.steps is None else self.steps,
                  "batch": recipe.batch if self.batch is None else self.batch,
-                 "lr": lr if self.lr is None else self.lr,
+                 "lr": lr, "lr_text": None if self.freeze_text else lr_text,
                  "class_images": recipe.class_images if self.class_images is None else self.class_images}
         resolved = replace(self, **given)
-        for name in ("steps", "batch", "accumulate", "lr", "class_images", "keep"):
+        for name in ("steps", "batch", "accumulate", "lr", "lr_text", "class_images", "keep"):
             value = getattr(resolved, name)
-            require(0 < value < math.inf, f"--{name.replace('_', '-')} {value}: expected more than 0")
+            require(value is None or 0 < value < math.inf, f"--{name.replace('_', '-')} {value}: expected more than 0")
         for name in ("prior_weight", "save_every", "sample_every"):
             value = getattr(resolved, name)
             require(0 <= value < math.inf, f"--{name.replace('_', '-')} {value}: expected 0 or more")
@@ -530,8 +534,11 @@ def main(settings: Settings) -> None:
         recompute_activations(model)
     if settings.compile:
         sd.unet.compile()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, settings.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True)
+    groups = [{"params": list(sd.unet.parameters())}]
+    if not settings.freeze_text:
+        groups.append({"params": list(sd.text_encoder.parameters()), "lr": settings.lr_text})
+    trained = [parameter for group in groups for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(groups, settings.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     set_weights = torch.tensor([1.0, settings.prior_weight] if len(sets) == 2 else [1.0], device=device)
 

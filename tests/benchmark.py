@@ -76,7 +76,9 @@ def our_step(batch: int) -> Callable[[], None]:
     sets = [Latents.of(pictures(SUBJECT), sd.vae, torch.device("cpu")) for _ in range(2)]
     loss = train.DreamBoothLoss(sd, PROMPTS, False).to(memory_format=torch.channels_last)
     trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, 2e-4, weight_decay=0.01, fused=True)
+    recipe = sd.info.recipe
+    groups = [{"params": sd.unet.parameters()}, {"params": sd.text_encoder.parameters(), "lr": recipe.lr_text}]
+    optimizer = torch.optim.AdamW(groups, recipe.lr, weight_decay=0.01, fused=True)
 
     def step() -> None:
         draw = draw_step(sets, batch, 1000, 0, 0)
@@ -89,13 +91,14 @@ def our_step(batch: int) -> Callable[[], None]:
 
 
 def their_step(pipeline: StableDiffusionPipeline, prompts: list[str], sets: list[Tensor], batch: int, lr: float,
-               encode: bool = True) -> Callable[[], None]:
+               lr_text: float, encode: bool = True) -> Callable[[], None]:
     """What diffusers' examples/dreambooth/train_dreambooth.py does in a step with prior preservation and
     --train_text_encoder, on the pixels (N, 3, H, W) of instance and class; `encode=False` leaves the VAE out."""
     unet, text_encoder, vae = pipeline.unet.train(), pipeline.text_encoder.train(), pipeline.vae.requires_grad_(False)
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     trained = [*unet.parameters(), *text_encoder.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+    groups = [{"params": unet.parameters()}, {"params": text_encoder.parameters(), "lr": lr_text}]
+    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
     ids = pipeline.tokenizer([prompt for prompt in prompts for _ in range(batch)], truncation=True,
                              padding="max_length", return_tensors="pt").input_ids
     if not encode:
@@ -173,7 +176,7 @@ def process(*command: object) -> tuple[float, float]:
 
 
 def their_job(weights: str, out: str, images: str, noun: str, class_images: str, steps: str, batch: str,
-              lr: str) -> None:
+              lr: str, lr_text: str) -> None:
     """The whole of train_dreambooth.py's computation: class images at the pipeline's defaults, training, saving.
 
     `class_images` is how many of them, or a folder that has them already.
@@ -183,7 +186,8 @@ def their_job(weights: str, out: str, images: str, noun: str, class_images: str,
     folder = Path(class_images)
     drawn = pictures(folder) if folder.is_dir() else their_class_images(pipeline, class_prompt, int(class_images))
     sets = [to_pixels(pictures(Path(images))), to_pixels(drawn)]
-    step = their_step(pipeline, [f"a photo of ohwx {noun}", class_prompt], sets, int(batch), float(lr))
+    step = their_step(pipeline, [f"a photo of ohwx {noun}", class_prompt], sets, int(batch), float(lr),
+                      float(lr_text))
     for _ in range(int(steps)):
         step()
     pipeline.save_pretrained(out)
@@ -213,7 +217,8 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
     parameters = sum(p.numel() for part in (sd.unet, sd.text_encoder) for p in part.parameters())
 
     def step_row(name: str, batch: int, goal: float, encode: bool = True) -> Row:
-        ours, theirs = our_step(batch), their_step(their_pipeline(), PROMPTS, sets, batch, recipe.lr, encode)
+        ours = our_step(batch)
+        theirs = their_step(their_pipeline(), PROMPTS, sets, batch, recipe.lr, recipe.lr_text, encode)
         return Row(name, lambda: timed(ours), lambda: timed(theirs), goal, ours, 28 * parameters)
 
     def four(steps: int) -> Row:
@@ -233,7 +238,7 @@ def rows(settings: Settings, folder: Path) -> list[Row]:
                                 "--out", folder)[index],
                 lambda: process("-c", script)[index])
 
-    job = (SUBJECT, "dog", recipe.class_images, recipe.steps, recipe.batch, recipe.lr)
+    job = (SUBJECT, "dog", recipe.class_images, recipe.steps, recipe.batch, recipe.lr, recipe.lr_text)
     jobs = iter(range(1000))
     return [
         step_row("step, batch 4+4", 4, 0.55),

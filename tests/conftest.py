@@ -196,7 +196,7 @@ def edit_tensors(path: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tenso
 def nano(pairs) -> Path:
     """The folder of a model so small that a whole training costs less than importing torch."""
     folder = pairs("nano").folder
-    recipe = Recipe(steps=4, batch=2, lr=1e-3, class_images=5, class_steps=2, class_guidance=2.0,
+    recipe = Recipe(steps=4, batch=2, lr=1e-3, lr_text=5e-4, class_images=5, class_steps=2, class_guidance=2.0,
                     sample_steps=3, guidance=2.0)
     write_json(folder / "tinydb.json", ModelInfo(recipe=recipe).to_dict())
     return folder

@@ -256,7 +256,7 @@ def test_config_tells_everything_that_ran(taught, photos, nano):
     assert config.pop("run").keys() >= {"world_size", "device", "precision", "pictures", "model"}
     settings = asdict(Settings(
         images=str(photos), class_noun="dog", weights=str(nano), out=str(taught), steps=5, batch=3, lr=1e-3,
-        class_images=5, save_every=2, sample_every=2, device="cpu"))
+        lr_text=5e-4, class_images=5, save_every=2, sample_every=2, device="cpu"))
     assert config.items() <= settings.items() and settings.keys() - config.keys() == {"resume", "config"}
 
 
@@ -285,6 +285,19 @@ def test_weight_change_is_the_distance_to_the_base(taught, nano):
         names = [name for name in after if name in before]
         expected = distance([after[name] for name in names], [before[name] for name in names])
         assert metrics(taught)[-1][f"{part}_change"] == pytest.approx(expected, rel=1e-4) and expected > 1e-4
+
+
+def test_each_part_has_its_learning_rate(teach, tmp_path):
+    """The text encoder's follows --lr as in the recipe, unless it is given; a frozen one has none."""
+    for given, lr, lr_text in (({}, 1e-3, 5e-4), ({"lr": 2e-3}, 2e-3, 1e-3), ({"lr_text": 1e-20}, 1e-3, 1e-20),
+                               ({"lr": 1e-20, "lr_text": 1e-3}, 1e-20, 1e-3),
+                               ({"freeze_text": True, "lr": 1e-3}, 1e-3, None)):
+        out = teach(tmp_path / str(given), **given)
+        config = json.loads((out / "config.json").read_text())
+        assert (config["lr"], config["lr_text"]) == (pytest.approx(lr), pytest.approx(lr_text))
+        last = metrics(out)[-1]
+        assert (last["unet_change"] > 1e-4) == (lr > 1e-4) and (last["text_encoder_change"] > 1e-4) == (
+            (lr_text or 0) > 1e-4)
 
 
 def test_validation_loss_has_the_same_noise_at_every_step(teach, tmp_path):
@@ -696,7 +709,7 @@ def test_config_file_that_is_not_there(command, name):
 # ------------------------------------------------------------------------------------------- bad input
 
 
-NUMBERS = ["steps", "batch", "accumulate", "lr", "class-images", "keep"]
+NUMBERS = ["steps", "batch", "accumulate", "lr", "lr-text", "class-images", "keep"]
 
 
 @pytest.mark.parametrize("given, words", [
@@ -706,6 +719,7 @@ NUMBERS = ["steps", "batch", "accumulate", "lr", "class-images", "keep"]
     ({"lr": "nan"}, ["--lr nan"]), ({"lr": "inf"}, ["--lr inf"]),
     ({"prior-weight": "nan"}, ["--prior-weight nan"]),
     ({"seed": "18446744073709551616"}, ["--seed"]), ({"steps": "1.5"}, ["--steps", "1.5"]),
+    ({"lr-text": "1e-5", "freeze-text": True}, ["--lr-text", "--freeze-text"]),
     ({"identifier": " "}, ["--identifier", "ohwx"]),
     ({"class": " "}, ["--class"]), ({"class": None}, ["--class"]),
     ({"images": None}, ["--images"]), ({"images": "nowhere"}, ["nowhere: no such folder"]),

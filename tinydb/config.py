@@ -233,7 +233,8 @@ class Recipe:
     steps: int = 800
     batch: int = 1
     lr: float = 2e-6
-    lr_freeze_text: float = 5e-6
+    lr_text: float = 2e-6  # of the text encoder
+    lr_freeze_text: float = 5e-6  # where the UNet learns alone
     class_images: int = 200
     class_steps: int = 50  # DDIM steps for a class image
     class_guidance: float = 7.5

@@ -183,7 +183,7 @@ def study(settings: Settings, judge: Judge, out: Path) -> None:
 
     def note(row: str, name: str, folder: Path, seconds: float = 0.0) -> None:
         if (key := f"{row}/{name}") not in results:
-            per_prompt = 4 if row == "the recipe" else 1
+            per_prompt = 4 if row in ("the recipe", "diffusers") else 1
             picture = out / f"{key.replace('/', '-').replace(' ', '-')}.png"
             results[key] = measure(folder, name, per_prompt, judge, picture) | {"seconds": seconds}
             write_json(path, results)

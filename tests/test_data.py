@@ -258,6 +258,15 @@ def test_grid_goes_row_by_row():
     assert [sheet.getpixel(xy)[0] for xy in [(50, 50), (250, 50), (50, 200), (250, 200)]] == [10, 20, 30, 255]
 
 
+def test_caption_stands_above_its_row_and_never_on_another():
+    """However long it is; a row without one has no line for it."""
+    images = [Image.new("RGB", (200, 130), "red")] * 6
+    sheet = np.asarray(grid(images, 3, ["long " * 40, "b", "", "", "", ""]).convert("L"))
+    assert sheet.shape == (24 + 2 * 130, 600)
+    dark = (sheet[:24] < 128).any(axis=0)
+    assert dark[100:196].any() and not dark[197:203].any() and dark[203:220].any() and not dark[220:].any()
+
+
 def test_small_pictures_are_enlarged_in_a_grid():
     assert grid([picture(16, 20)] * 2, 2).size == (256, 160)
 

@@ -1,5 +1,6 @@
 """sample.py: the pictures, where they go, what they say of themselves, and what it answers to bad input."""
 
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from processes import ROOT
 import sample
 import tinydb
 from tinydb.config import Parser
-from tinydb.pictures import grid, heat_map, save_png
+from tinydb.pictures import describe, grid, heat_map, save_png
 from tinydb.unet import AttentionMaps
 
 
@@ -27,7 +28,7 @@ def draw(nano, tmp_path):
     def run(prompt: str, **settings) -> dict[str, Image.Image]:
         given = {"weights": str(nano), "out": str(tmp_path / "out"), "device": "cpu", "count": 1, **settings}
         before = set(tmp_path.rglob("*.png"))
-        sample.main([sample.Settings([prompt], **given)])
+        sample.main([(prompt, sample.Settings([], **given))])
         return {str(path.relative_to(tmp_path)): Image.open(path)
                 for path in sorted(set(tmp_path.rglob("*.png")) - before)}
     return run
@@ -96,12 +97,14 @@ def test_size_is_width_times_height(draw, size, expected):
 # ----------------------------------------------------------------------------------- where it is written
 
 
-def test_folder_is_numbered_on(draw):
+def test_folder_is_numbered_on(draw, tmp_path):
     """Nothing is overwritten, and the file is named after the prompt."""
     assert list(draw("[V] dog, on!", count=2)) == [
         "out/0000-V-dog-on-grid.png", "out/0000-V-dog-on.png", "out/0001-V-dog-on.png"]
     assert list(draw("a cat")) == ["out/0002-a-cat.png"]
     assert list(draw("x" * 200)) == [f"out/0003-{'x' * 60}.png"]
+    (tmp_path / "out" / "10000-a-dog.png").touch()
+    assert list(draw("a dog")) == ["out/10001-a-dog.png"]
 
 
 def test_out_may_name_the_picture(draw, tmp_path):
@@ -112,12 +115,12 @@ def test_out_that_names_a_picture_names_the_grid_of_several(draw, tmp_path):
     pictures = draw("a cat", out=str(tmp_path / "cat.png"), count=2)
     assert list(pictures) == ["cat-0.png", "cat-1.png", "cat.png"]
     first, second, sheet = pictures.values()
-    assert difference([sheet], [grid([first, second], 2)]) == 0
+    assert difference([sheet], [grid([first, second], 2, ["a cat", ""])]) == 0
 
 
-def test_grid_is_four_wide(draw):
+def test_grid_is_four_wide_under_its_prompt(draw):
     sheet = next(image for path, image in draw("a dog", count=5).items() if "grid" in path)
-    assert sheet.size == (4 * 128, 2 * 128)
+    assert sheet.size == (4 * 128, 24 + 2 * 128)
 
 
 def test_paths_are_printed(draw, capsys, tmp_path):
@@ -194,8 +197,8 @@ def test_heat_map():
 # ------------------------------------------------------------- several prompts, and drawing on from pictures
 
 
-def read(parser_arguments: list[str]) -> list[sample.Settings]:
-    return sample.read_jobs(Parser(sample.Settings, ""), parser_arguments)
+def read(*arguments: str) -> list[tuple[str, sample.Settings]]:
+    return sample.read_jobs(Parser(sample.Settings, ""), list(arguments))
 
 
 def test_series_has_the_same_noise_for_each_prompt(command, nano, tmp_path):
@@ -214,17 +217,28 @@ def test_series_has_the_same_noise_for_each_prompt(command, nano, tmp_path):
 
 def test_lines_of_a_file_are_prompts_that_may_set_any_option(tmp_path):
     (tmp_path / "a.txt").write_text("a dog\n\na cat\n")
-    jobs = read(["a bird", "--prompts", str(tmp_path / "a.txt"), "--seed", "3"])
-    assert [(job.prompt, job.seed) for job in jobs] == [(["a bird"], 3), (["a dog"], 3), (["a cat"], 3)]
+    jobs = read("a bird", "--prompts", str(tmp_path / "a.txt"), "--seed", "3")
+    assert [(prompt, settings.seed) for prompt, settings in jobs] == [("a bird", 3), ("a dog", 3), ("a cat", 3)]
     (tmp_path / "a.jsonl").write_text('{"prompt": "a dog", "seed": 4, "n": 1}\n{"prompt": "a cat", "size": "8x8"}')
-    jobs = read(["--prompts", str(tmp_path / "a.jsonl"), "--seed", "3"])
-    assert [(job.prompt, job.seed, job.count, job.size) for job in jobs] == [
-        (["a dog"], 4, 1, None), (["a cat"], 3, 4, "8x8")]
+    jobs = read("--prompts", str(tmp_path / "a.jsonl"), "--seed", "3")
+    assert [(prompt, settings.seed, settings.count, settings.size) for prompt, settings in jobs] == [
+        ("a dog", 4, 1, None), ("a cat", 3, 4, "8x8")]
+
+
+def test_file_of_prompts_from_other_programs(tmp_path):
+    """With a byte order mark, and with a line separator inside a JSON text."""
+    (tmp_path / "a.txt").write_text("\ufeffa dog\r\na cat", encoding="utf-8")
+    assert [prompt for prompt, _ in read("--prompts", str(tmp_path / "a.txt"))] == ["a dog", "a cat"]
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a dog\u2028on the moon"}', encoding="utf-8")
+    assert [prompt for prompt, _ in read("--prompts", str(tmp_path / "a.jsonl"))] == ["a dog\u2028on the moon"]
 
 
 @pytest.mark.parametrize("name, text, words", [
     ("a.txt", "", ["a.txt: empty"]), ("none.txt", None, ["none.txt", "not readable"]),
-    ("a.jsonl", '{"prompt": "a dog", "sede": 4}', ["'sede'", "'seed'"]), ("a.jsonl", "a dog", ["not readable"]),
+    ("a.jsonl", '{"prompt": "a dog", "sede": 4}', ["'sede'", "'seed'"]),
+    ("a.jsonl", '{"prompt": "a dog"}\na dog', ["line 2", "not readable"]),
+    ("a.jsonl", '{"prompt": "a dog", "help": true}', ["'help'"]),
+    ("a.jsonl", '{"prompt": "a dog", "negative": ["a cat"]}', ["line 1", "a cat"]),
     ("a.jsonl", '{"seed": 4}', ["line 1", "prompt"]), ("a.jsonl", '{"prompt": "a dog", "seed": "x"}', ["--seed", "x"]),
 ], ids=str)
 def test_file_of_prompts_that_cannot_be_used(command, tmp_path, name, text, words):
@@ -240,10 +254,30 @@ def test_file_of_prompts_that_cannot_be_used(command, tmp_path, name, text, word
 ], ids=lambda options: next(iter(options)))
 def test_picture_is_drawn_again_from_what_it_says(draw, tmp_path, options):
     [(path, first)] = draw("a dog, on the moon", **options).items()
-    [again] = read(["--from", str(tmp_path / path), "--device", "cpu", "--out", str(tmp_path / "again")])
-    assert difference([first], draw(**{**vars(again), "prompt": again.prompt[0]}).values()) == 0
-    [other] = read(["a cat", "--from", str(tmp_path / path), "--seed", "9"])
-    assert (other.prompt, other.seed, other.negative) == (["a cat"], 9, again.negative)
+    [(prompt, again)] = read("--from", str(tmp_path / path), "--device", "cpu", "--out", str(tmp_path / "again"))
+    assert difference([first], draw(**{**vars(again), "prompt": prompt}).values()) == 0
+    [(other_prompt, other)] = read("a cat", "--from", str(tmp_path / path), "--seed", "9")
+    assert (other_prompt, other.seed, other.negative) == ("a cat", 9, again.negative)
+
+
+def test_lines_of_a_file_with_a_picture(draw, nano, tmp_path):
+    """Each line goes by the picture of the command line, or by one of its own; what it says itself comes first."""
+    [first, second] = [str(tmp_path / path) for seed in (5, 6) for path in draw("a dog", seed=seed, negative="a cat")]
+    lines = [{"prompt": "a bird"}, {"from": second}, {"from": second, "prompt": "a house", "seed": 8}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    jobs = read("--from", first, "--prompts", str(tmp_path / "a.jsonl"))
+    assert [(prompt, settings.seed) for prompt, settings in jobs] == [("a bird", 5), ("a dog", 6), ("a house", 8)]
+    assert {(settings.negative, settings.weights) for _, settings in jobs} == {("a cat", str(nano))}
+
+
+def test_picture_of_another_program(tmp_path, capsys):
+    """What it says is taken over, and what cannot be is told."""
+    for name, settings in {"a": {"Sampler": "Euler a"}, "b": {"Denoising strength": 0.4}, "c": {}}.items():
+        save_png(Image.new("RGB", (8, 8)), tmp_path / f"{name}.png", describe("a dog", "", Steps=7, **settings))
+        [(prompt, read_back)] = read("--from", str(tmp_path / f"{name}.png"))
+        assert (prompt, read_back.steps, read_back.sampler) == ("a dog", 7, "ddim")
+        told = capsys.readouterr().err
+        assert ("Euler a" in told, "--init" in told) == (name == "a", name == "b")
 
 
 def test_picture_that_says_nothing_of_itself(command, tmp_path):
@@ -301,6 +335,7 @@ def test_warns_where_no_subject_was_taught(draw, nano, capsys):
 @pytest.mark.parametrize("prompt, better", [
     ("[V] dog in the garden", None), ("ohwx dog", None), ("[V] in the garden", "[V] dog in the garden"),
     ("a photo of a dog", "a photo of [V] dog"), ("dogs", "[V] dog, dogs"), ("a garden", "[V] dog, a garden"),
+    ("[V] Dog on the moon", None), ("OHWX dog", None), ("A Dog at night", "[V] dog at night"),
 ])
 def test_tells_the_prompt_that_would_show_the_subject(draw, nano, tmp_path, capsys, prompt, better):
     draw(prompt, weights=str(taught(tmp_path / "taught", nano, identifier="ohwx")))
@@ -338,7 +373,10 @@ def test_warns_of_what_is_lost_once_the_placeholder_is_spelled_out(draw, nano, t
     (["--guidance", "high"], ["--guidance", "high"]), (["--guidance", "nan"], ["--guidance nan"]),
     (["--seed", "-1"], ["--seed -1"]), (["--seed", "18446744073709551616"], ["--seed", "1844674"]),
     (["--eta", "1.5"], ["--eta 1.5", "0 (DDIM) to 1"]), (["--eta", "nan"], ["--eta nan"]),
-    (["--preview", "-1"], ["--preview -1"]),
+    (["--preview", "-1"], ["--preview -1"]), (["--seed", "4294967295"], ["--seed 4294967295", "4 pictures"]),
+    (["--strength", "nan"], ["--strength nan"]), (["--strength", "1.1"], ["--strength 1.1"]),
+    (["--init", "picture.png", "--steps", "0"], ["steps 0"]), (["--out", "cat.jpg"], ["cat.jpg", "PNG"]),
+    (["--init", "picture.png", "--strength", "0.1"], ["strength 0.1", "0.33"]),
     (["--eta", "1", "--sampler", "dpm"], ["--eta 1.0", "--sampler ddim"]), (["--sampler", "plms"], ["plms", "dpm"]),
     (["--init", "nowhere.png"], ["--init nowhere.png"]), (["--init", "file"], ["--init file", "not a picture"]),
     (["--size", "16"], ["--size 16", "WIDTHxHEIGHT"]), (["--size", "axb"], ["--size axb"]),
@@ -354,6 +392,7 @@ def test_warns_of_what_is_lost_once_the_placeholder_is_spelled_out(draw, nano, t
 def test_bad_option_gets_one_line(command, nano, tmp_path, arguments, words):
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "picture.png")
     before = sorted(tmp_path.rglob("*"))
     weights = [] if "--weights" in arguments else ["--weights", str(nano)]
     code, out, error = command("sample.py", "a dog", *weights, *arguments)
@@ -361,6 +400,15 @@ def test_bad_option_gets_one_line(command, nano, tmp_path, arguments, words):
     assert code == 2 and out == "" and "Traceback" not in error and "usage" not in error
     assert last.startswith("sample.py: ") and [word for word in words if word not in last] == [], last
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_out_of_memory_is_answered_with_what_to_try(command, nano, monkeypatch):
+    def generate(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nSee the documentation")
+
+    monkeypatch.setattr(tinydb.StableDiffusion, "denoise", generate)
+    code, _, error = command("sample.py", "a dog", "--weights", str(nano), "--device", "cpu")
+    assert code == 1 and error.split("\n")[-2].endswith("--size") and "documentation" not in error
 
 
 def test_prompt_is_needed(command):

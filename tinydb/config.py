@@ -298,7 +298,7 @@ class Parser(argparse.ArgumentParser):
 
     def arguments(self, entries: dict[str, object], source: str) -> list[str]:
         """Options by name, as a file has them -> the command line that says the same; `source` is for the error."""
-        actions = {action.dest: action for action in self._actions if action.option_strings}
+        actions = {action.dest: action for action in self._actions if action.option_strings and action.dest != "help"}
         actions |= {action.option_strings[0].lstrip("-").replace("-", "_"): action for action in actions.values()}
         arguments = []
         for key, value in entries.items():

@@ -28,18 +28,23 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 def grid(images: list[Image.Image], columns: int, captions: list[str] | None = None) -> Image.Image:
     """Images of one size, row by row in `columns` columns; small ones are enlarged by a whole factor. `captions`, one
-    for each image, stand above it; a long one goes on over the next images, whose own may be empty."""
+    for each image, stand above it; a long one goes on over the next images, whose own are empty then."""
     factor = max(1, -(-VISIBLE // min(images[0].size)))
     width, height = (side * factor for side in images[0].size)
-    line = CAPTION if captions else 0
-    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * (height + line)), "white")
-    for i, image in enumerate(images):
-        enlarged = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = i % columns * width, i // columns * (height + line)
-        sheet.paste(enlarged, (left, top + line))
-        if captions:
-            font = ImageFont.load_default(CAPTION * 0.6)
-            ImageDraw.Draw(sheet).text((left + 4, top + line / 2), captions[i], "black", font, anchor="lm")
+    captions = captions or [""] * len(images)
+    lines = [CAPTION if any(captions[i : i + columns]) else 0 for i in range(0, len(images), columns)]  # above each row
+    sheet = Image.new("RGB", (columns * width, len(lines) * height + sum(lines)), "white")
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        row, column = divmod(i, columns)
+        left, top = column * width, row * height + sum(lines[: row + 1])
+        sheet.paste(image.resize((width, height), Image.Resampling.BICUBIC), (left, top))
+        if caption:
+            following = captions[i + 1 : (row + 1) * columns]
+            room = width * (1 + next((k for k, other in enumerate(following) if other), len(following))) - 8
+            size = CAPTION * 0.6
+            size *= min(1, room / ImageFont.load_default(size).getlength(caption))
+            draw = ImageDraw.Draw(sheet)
+            draw.text((left + 4, top - CAPTION / 2), caption, "black", ImageFont.load_default(size), anchor="lm")
     return sheet
 
 

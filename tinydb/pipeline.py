@@ -138,16 +138,19 @@ class StableDiffusion:
                strength: float) -> tuple[int, Tensor]:
         """Where drawing over a picture begins (SDEdit, arXiv 2108.01073): how many steps to skip so that `strength` of
         all `steps` are left, and the latents of `init` with the noise of the next one, one for each generator."""
+        timesteps = sampler_timesteps(self.schedule, steps, sampler)
+        require(1 / steps <= strength <= 1,
+                f"strength {strength}: expected {1 / steps:.2g} (one of {steps} steps) to 1")
         left = int(steps * strength)
-        require(0 < left <= steps, f"strength {strength}: expected {1 / steps:.2g} (one of {steps} steps) to 1")
         require(all(side % self.vae.config.factor == 0 for side in init.size),
                 f"init of {init.width}x{init.height}: sides must be multiples of {self.vae.config.factor}")
-        mean, std = (t.float().cpu() for t in self.vae.encode(to_pixels([init]).to(self.device, self.dtype)))
+        pixels = to_pixels([init.convert("RGB")]).to(self.device, self.dtype)
+        mean, std = (t.float().cpu() for t in self.vae.encode(pixels))
         drawn = [(mean + std * torch.randn(mean.shape, generator=generator),
                   torch.randn(mean.shape, generator=generator)) for generator in generators]
         clean, noise = (torch.cat(parts) for parts in zip(*drawn))
-        timestep = sampler_timesteps(self.schedule, steps, sampler)[steps - left]
-        return steps - left, self.schedule.add_noise(clean, noise, torch.full((len(clean),), timestep))
+        skip = steps - left
+        return skip, self.schedule.add_noise(clean, noise, torch.full((len(clean),), timesteps[skip]))
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:

@@ -26,7 +26,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -59,8 +59,7 @@ from tinydb.weights import WEIGHT_FILES, canonical_names, read_tensors, remove, 
 TINY = Path(__file__).parent / "weights" / "tiny"
 FREE_ON_RESUME = ("out", "steps", "keep", "save_every", "sample_every", "checkpointing", "log")  # changes no gradient
 CLASS_GROUP = 8  # class images made together; fixed, since it decides their last bit
-DIVERGED = ("step {step}: the loss is {losses}, and nothing was saved of it. Start again with a lower --lr than {lr} "
-            "or --precision fp32, another --out, and --class-dir {out}/class_images to keep the class pictures")
+MIN_SCALE = 1e-3  # of fp16's gradients; it starts at 65536, and below this they have vanished
 VALIDATION_EXAMPLES = 8  # of each set
 VALIDATION_STEP = 2**31  # a step that no run reaches, for draws of its own
 
@@ -170,6 +169,13 @@ class DreamBoothLoss(nn.Module):
         return squared_error.unflatten(0, (groups, -1)).mean(dim=(1, 2, 3, 4))
 
 
+def diverged(step: int, what: str, settings: Settings) -> InputError:
+    """The error that ends a run which has come to nothing."""
+    return InputError(f"step {step}: {what}, and nothing was saved of it. Start again with a lower --lr than "
+                      f"{settings.lr} or --precision fp32, another --out, and --class-dir {settings.out}/class_images "
+                      "to keep the class pictures")
+
+
 def recompute_activations(model: nn.Module) -> None:
     """Have each block keep its input alone and compute the rest anew in the backward pass; gradients stay the same.
 
@@ -210,9 +216,10 @@ def usable(path: Path) -> bool:
         return False
 
 
-def make_class_images(sd: StableDiffusion, prompt: str, paths: list[Path], seed: int, rank: int, world_size: int,
-                      stop: "StopSignal") -> None:
-    """Draw those of `paths` that are missing or useless, picture i from seed + i, with the model as it is.
+def make_class_images(sd: StableDiffusion, prompt: str, paths: list[Path], weights: Path, dtype: torch.dtype, seed: int,
+                      rank: int, world_size: int, stop: "StopSignal") -> bool:
+    """Draw those of `paths` that are missing or useless, picture i from seed + i, with the model as it is; False where
+    any rank was asked to stop before that was done.
 
     Fixed groups of consecutive pictures are dealt to the ranks whole: the files are the same for any number of ranks.
     """
@@ -221,18 +228,21 @@ def make_class_images(sd: StableDiffusion, prompt: str, paths: list[Path], seed:
     to_draw = [group for group in groups if not all(usable(paths[i]) for i in group)]
     progress = tqdm(total=sum(map(len, to_draw)), desc=f"class images, {prompt!r}", unit="picture",
                     disable=rank > 0 or not to_draw)
+    if to_draw and dtype != sd.dtype:  # all of it in half the bytes, as sample.py draws: faster than autocast
+        sd = tinydb.load(weights, sd.device, dtype)
     for group in to_draw:
+        if stop.asked:
+            break
         for attempt in range(5):  # a flat picture gets another seed
-            if stop.asked:
-                stop.exit()
             seeds = [seed + i + attempt * 2**32 for i in group]
             images = sd.generate([prompt] * len(group), steps=recipe.class_steps, guidance_scale=recipe.class_guidance,
                                  latents=sd.initial_latents([torch.Generator().manual_seed(s) for s in seeds]))
             for i, image, image_seed in zip(group, images, seeds):
                 if not usable(paths[i]):
                     with written_whole(paths[i]) as temporary:
-                        save_png(image, temporary, describe(prompt, "", Steps=recipe.class_steps, Seed=image_seed,
-                                                            **{"CFG scale": recipe.class_guidance}))
+                        save_png(image, temporary, describe(
+                            prompt, "", Steps=recipe.class_steps, Sampler="DDIM", Seed=image_seed,
+                            **{"CFG scale": recipe.class_guidance}))
             if all(usable(paths[i]) for i in group):
                 break
         else:
@@ -240,8 +250,10 @@ def make_class_images(sd: StableDiffusion, prompt: str, paths: list[Path], seed:
                              "pictures of your own with --class-dir")
         progress.update(len(group))
     progress.close()
-    if world_size > 1:
-        dist.barrier()
+    asked_to_stop = torch.tensor(float(stop.asked), device=sd.device)
+    if world_size > 1:  # also waits until all ranks have drawn theirs
+        dist.all_reduce(asked_to_stop)
+    return not asked_to_stop
 
 
 # -------------------------------------------------------------------------------- checkpoints and signals
@@ -250,20 +262,22 @@ def make_class_images(sd: StableDiffusion, prompt: str, paths: list[Path], seed:
 class StopSignal:
     """Remembers that SIGINT or SIGTERM came; the loop asks at the end of a step, when stopping loses nothing."""
 
-    def __init__(self):
-        self.asked = False
+    def __init__(self, rank: int):
+        self.asked, self.rank = False, rank
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.receive)
 
     def receive(self, number: int, frame: object) -> None:
-        if not self.asked:
+        if not self.asked and self.rank == 0:
             os.write(2, b"\nstopping after this step\n")  # print is not for signal handlers
         self.asked = True
 
     def exit(self) -> None:
         """Leave; everything made so far is on the disk."""
-        if int(os.environ.get("RANK", 0)) == 0:
+        if self.rank == 0:
             print("\nstopped; the same command with --resume goes on from here", file=sys.stderr)
+        if dist.is_initialized():
+            dist.destroy_process_group()
         sys.exit(130)
 
 
@@ -297,9 +311,14 @@ def resume_checkpoint(model: DreamBoothLoss, optimizer: torch.optim.Optimizer, s
     return state
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step at which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def saved_checkpoints(out: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    return sorted((out / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted((out / "checkpoints").glob("step-*"), key=step_of)
 
 
 def checkpoint_path(out: Path, step: int) -> Path:
@@ -327,7 +346,7 @@ def claim(out: Path, settings: Settings, run: dict[str, object]) -> None:
         for name, now in noted.items():
             require(before.get(name) == now or name in FREE_ON_RESUME,
                     f"--resume: {name} was {before.get(name)!r} and is now {now!r}; give what it was, or another --out")
-        done = max((int(path.name.removeprefix("step-")) for path in saved_checkpoints(out)), default=0)
+        done = max(map(step_of, saved_checkpoints(out)), default=0)
         require(done <= settings.steps,
                 f"--steps {settings.steps}: the run in {out} is at step {done} already; give more")
     else:
@@ -344,10 +363,13 @@ def claim(out: Path, settings: Settings, run: dict[str, object]) -> None:
 # ------------------------------------------------------------------------------ what a person wants to see
 
 
-def memory_plan(sd: StableDiffusion, settings: Settings, dtype: torch.dtype) -> str:
+def memory_plan(sd: StableDiffusion, settings: Settings, device: torch.device, dtype: torch.dtype) -> str:
     """The large things that training will hold, in GB, found by a pass over tensors that have a shape, no content."""
     with FakeTensorMode(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         unet = type(sd.unet)(sd.unet.config)
+        for norm in unet.modules():
+            if isinstance(norm, (nn.GroupNorm, nn.LayerNorm)) and device.type != "cpu":  # there autocast keeps to fp32
+                norm.register_forward_pre_hook(lambda norm, inputs: (inputs[0].float(),))
         if settings.checkpointing:
             recompute_activations(unet)
         side, channels = sd.unet.config.sample_size, sd.unet.config.in_channels
@@ -403,7 +425,7 @@ def open_tracker(name: str | None, out: Path, settings: Settings, step: int) -> 
     """A function (values, step) that logs to tensorboard or wandb, or does nothing where neither is asked for."""
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(out / "tensorboard", purge_step=step)
+        writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
 
         def log(values: dict[str, float], step: int) -> None:
             for key, value in values.items():
@@ -421,18 +443,20 @@ def open_tracker(name: str | None, out: Path, settings: Settings, step: int) -> 
     return lambda values, step: None
 
 
-def validate(model: DreamBoothLoss, loss_of, sets: list[Latents], num_timesteps: int, settings: Settings) -> dict:
+@torch.no_grad()
+def validate(loss_of: Callable[[Draw, slice], Tensor], set_weights: Tensor, sets: list[Latents], num_timesteps: int,
+             seed: int) -> float:
     """The loss on noise and timesteps that are the same at every step: unlike the training loss, this curve is smooth.
 
     It is measured on the training pictures themselves, so it shows learning, and not when to stop: look at samples.
     """
-    draw = draw_step(sets, VALIDATION_EXAMPLES, num_timesteps, settings.seed, VALIDATION_STEP)
-    with torch.no_grad():
-        instance, *prior = loss_of(model, draw, slice(None)).tolist()
-    return {"validation_loss": instance + sum(settings.prior_weight * loss for loss in prior)}
+    draw = draw_step(sets, VALIDATION_EXAMPLES, num_timesteps, seed, VALIDATION_STEP)
+    losses = [loss_of(draw, slice(i, i + 1)) for i in range(VALIDATION_EXAMPLES)]  # one by one: in no more memory
+    return (torch.stack(losses).mean(0) * set_weights).sum().item()
 
 
-def draw_preview(sd: StableDiffusion, prompts: list[str], path: Path, autocast) -> None:
+def draw_preview(sd: StableDiffusion, prompts: list[str], path: Path,
+                 autocast: Callable[[], AbstractContextManager]) -> None:
     """A grid of pictures from the same noise each time. Whatever goes wrong here must not end the training."""
     try:
         sd.vae.to(sd.device)
@@ -473,9 +497,13 @@ def main(settings: Settings) -> None:
         require(here <= gpus, f"torchrun started {here} processes on {gpus} GPUs; use --nproc_per_node {gpus}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
     device, dtype = choose_device(settings.device, settings.precision)
-    autocast = partial(torch.autocast, device.type, dtype) if dtype != torch.float32 else nullcontext
+    # no cache: each weight is cast once in a forward pass, and a copy kept longer would only take memory
+    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
     if world_size > 1:  # patient enough for ranks that wait while one draws class images or writes a checkpoint
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+        require(device.index is None, f"--device {device} for {world_size} processes: each takes a GPU of its own; "
+                                      f"give --device {device.type}")
+        own = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else None
+        dist.init_process_group("nccl" if own else "gloo", timeout=timedelta(hours=2), device_id=own)
 
     # The model, in fp32 whatever the precision: a step of 1e-6 would be lost in the 8 bits of a bf16 weight.
     require(bool(settings.images), "--images is missing; expected a folder with 3 to 6 pictures of your subject")
@@ -507,11 +535,11 @@ def main(settings: Settings) -> None:
         with written_whole(out / "inputs.png") as temporary:
             sheet = grid(list(instance_pictures.values()), min(len(instance_pictures), 5))
             save_png(sheet, temporary, ", ".join(instance_pictures))
-        print(memory_plan(sd, settings, dtype), file=sys.stderr)
+        print(memory_plan(sd, settings, device, dtype), file=sys.stderr)
     if world_size > 1:
         dist.barrier()
         require((out / "config.json").exists(), f"{out} is not visible to process {rank}; put it on a shared disk")
-    stop = StopSignal()
+    stop = StopSignal(rank)
 
     # The class pictures: what the model now draws for the class, to hold it to that.
     instance_prompt = f"a photo of {settings.identifier} {settings.class_noun}"
@@ -520,8 +548,8 @@ def main(settings: Settings) -> None:
         class_images = list(own_pictures.values())[: settings.class_images]
         folder = Path(settings.class_dir or out / "class_images") / key
         paths = [folder / f"{i:05d}.png" for i in range(settings.class_images - len(class_images))]
-        with autocast():
-            make_class_images(sd, class_prompt, paths, settings.seed, rank, world_size, stop)
+        if not make_class_images(sd, class_prompt, paths, weights, dtype, settings.seed, rank, world_size, stop):
+            stop.exit()
         prompts.append(class_prompt)
         image_sets.append(class_images + [fit(open_picture(path), sd.resolution) for path in paths])
     with autocast():
@@ -534,11 +562,12 @@ def main(settings: Settings) -> None:
         recompute_activations(model)
     if settings.compile:
         sd.unet.compile()
-    groups = [{"params": list(sd.unet.parameters())}]
+    param_groups = [{"params": list(sd.unet.parameters())}]
     if not settings.freeze_text:
-        groups.append({"params": list(sd.text_encoder.parameters()), "lr": settings.lr_text})
-    trained = [parameter for group in groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(groups, settings.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True)
+        param_groups.append({"params": list(sd.text_encoder.parameters()), "lr": settings.lr_text})
+    trained = [parameter for group in param_groups for parameter in group["params"]]
+    optimizer = torch.optim.AdamW(param_groups, settings.lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
+                                  fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     set_weights = torch.tensor([1.0, settings.prior_weight] if len(sets) == 2 else [1.0], device=device)
 
@@ -548,7 +577,7 @@ def main(settings: Settings) -> None:
         state = resume_checkpoint(model, optimizer, scaler, saved_checkpoints(out)[-1])
     parallel = model
     if world_size > 1:
-        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def loss_of(module: nn.Module, draw: Draw, examples: slice) -> Tensor:
         """The loss of each set, from some examples of a draw."""
@@ -573,28 +602,30 @@ def main(settings: Settings) -> None:
     for step in progress:
         # One draw for all processes and micro-steps, which take their slices: any split of it is the same step.
         draw = draw_step(sets, examples_per_step, num_timesteps, settings.seed, step)
-        report = torch.zeros(len(sets) + 1, device=device)  # the losses, and whether to stop
+        sums = torch.zeros(len(sets) + 1, device=device)  # the losses, and whether to stop
         for micro_step in range(settings.accumulate):
             first = (rank * settings.accumulate + micro_step) * batch
             last = micro_step == settings.accumulate - 1
             with nullcontext() if last or world_size == 1 else parallel.no_sync():  # gradients meet once a step
                 losses = loss_of(parallel, draw, slice(first, first + batch)) / settings.accumulate
                 scaler.scale((losses * set_weights).sum()).backward()
-            report[:-1] += losses.detach() / world_size
-        report[-1] = stop.asked
+            sums[:-1] += losses.detach() / world_size
+        sums[-1] = stop.asked
         if world_size > 1:
-            dist.all_reduce(report)
-        *losses, asked_to_stop = report.tolist()
+            dist.all_reduce(sums)
+        *losses, asked_to_stop = sums.tolist()
+        done = step + 1
         if not all(map(math.isfinite, losses)):
-            raise InputError(DIVERGED.format(step=step + 1, losses=losses, lr=settings.lr, out=out))
+            raise diverged(done, f"the loss is {losses}", settings)
 
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(trained, 1.0)
-        scaler.step(optimizer)
+        scaler.step(optimizer)  # not where a gradient overflowed; update() then halves the scale
         scaler.update()
         optimizer.zero_grad()
+        if scaler.is_enabled() and scaler.get_scale() < MIN_SCALE:
+            raise diverged(done, "the gradients overflow fp16 at any scale", settings)
 
-        done = step + 1
         state["step"] = done
         due = done == settings.steps or (settings.save_every > 0 and done % settings.save_every == 0)
         previewing = settings.sample_every > 0 and done % settings.sample_every == 0
@@ -606,21 +637,22 @@ def main(settings: Settings) -> None:
             progress.set_postfix(shown, refresh=False)
             values["lr"] = settings.lr
             if due or asked_to_stop:
-                values |= validate(model, loss_of, sets, num_timesteps, settings)
-                if not math.isfinite(values["validation_loss"]):
-                    raise InputError(DIVERGED.format(step=done, losses=values["validation_loss"], lr=settings.lr,
-                                                     out=out))
+                validation_loss = validate(partial(loss_of, model), set_weights, sets, num_timesteps, settings.seed)
+                values["validation_loss"] = validation_loss
+                if not math.isfinite(validation_loss):
+                    raise diverged(done, f"the validation loss is {validation_loss}", settings)
             if due:
                 values |= {f"{part}_change": relative_change(getattr(model, part), weights, part)
                            for part in ("unet", "text_encoder")}
-            if due and (state["best_loss"] is None or values["validation_loss"] <= state["best_loss"]):
-                state |= {"best_step": done, "best_loss": values["validation_loss"]}
+                if state["best_loss"] is None or validation_loss <= state["best_loss"]:
+                    state |= {"best_step": done, "best_loss": validation_loss}
             if previewing:
                 draw_preview(sd, previews, out / "samples" / f"step-{done:06d}.png", autocast)
             metrics.write(json.dumps({"step": done, **values}) + "\n")
             metrics.flush()
             track(values, done)
             if asked_to_stop or (due and settings.save_every):  # last, so that whatever it knows of is there
+                os.fsync(metrics.fileno())
                 sd.info = replace(sd.info, step=done)
                 save_checkpoint(sd, model, optimizer, scaler, weights, checkpoint_path(out, done), state)
                 drop_checkpoints(out, settings.keep, state["best_step"])
@@ -661,15 +693,17 @@ if __name__ == "__main__":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(3)
         parser.error(str(error))
+    except KeyboardInterrupt:  # before there was anything to save
+        parser.exit(130, "\n")
     except OSError as error:
         parser.exit(1, f"{parser.prog}: {error}; once that is mended, --resume goes on\n")
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         if "out of memory" in reason or "allocate memory" in reason:
-            parser.exit(1, f"{parser.prog}: {reason}. Try, in this order: --precision bf16 (activations halve), "
-                           "--checkpointing (hardly any activations), --batch 1 with more --accumulate, --freeze-text "
-                           "(no gradients and moments of the text encoder); the plan above has the sizes\n")
-        if "closed by peer" in reason or "reset by peer" in reason:
-            parser.exit(1, f"{parser.prog}: another process of this run died, see its own message; once that is "
-                           "mended, --resume goes on from the last checkpoint\n")
+            parser.exit(1, f"{parser.prog}: {reason}. Try, in this order: --checkpointing (hardly any activations), "
+                           "--batch 1 with more --accumulate, --freeze-text (no gradients and moments of the text "
+                           "encoder); the plan above has the sizes\n")
+        if isinstance(error, dist.DistError) or "closed by peer" in reason or "reset by peer" in reason:
+            parser.exit(1, f"{parser.prog}: another process of this run died or cannot be reached, see its own message "
+                           f"({reason}); once that is mended, --resume goes on from the last checkpoint\n")
         raise

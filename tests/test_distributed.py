@@ -116,6 +116,30 @@ def test_stop_of_any_rank_stops_all_and_the_run_resumes(line, tmp_path, asked):
         assert files(out / "checkpoints" / last) == files(tmp_path / "whole" / "checkpoints" / last)
 
 
+def test_resumed_ranks_end_in_the_same_bytes(line, tmp_path):
+    """With accumulation and previews; the plain case is above."""
+    settings = {"accumulate": 2, "sample_every": 1}
+    for steps, resume in ((2, []), (4, ["--resume"])):
+        succeed(start_ranks(2, tmp_path / "log", *line("out", steps=steps, **settings), *resume))
+    succeed(start_ranks(2, tmp_path / "log", *line("whole", steps=4, **settings)))
+    assert files(tmp_path / "out" / "model") == files(tmp_path / "whole" / "model")
+    last = Path("checkpoints") / "step-000004"
+    assert files(tmp_path / "out" / last) == files(tmp_path / "whole" / last)
+
+
+def test_stop_while_class_images_are_made(line, tmp_path):
+    """Only one rank hears of it; both leave with 130, and what was drawn is there for --resume."""
+    runs = start_ranks(2, tmp_path / "log", *line("out", class_images=600))
+    until = time.monotonic() + 100
+    while len(list((tmp_path / "out").glob("class_images/*/*.png"))) < 20:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    os.kill(runs[1].process.pid, signal.SIGTERM)
+    assert finish(runs) == [130, 130]
+    assert "--resume" in runs[0].message.split("\n")[-1] and "died" not in runs[0].message
+    assert 20 < len(list((tmp_path / "out").glob("class_images/*/*.png"))) < 600
+
+
 def test_rank_that_dies_ends_the_run_with_one_message(line, tmp_path):
     out = tmp_path / "out"
     runs = start_ranks(2, tmp_path / "log", *line("out", steps=1000, save_every=1000))

@@ -82,7 +82,7 @@ def stopped(teach, out: Path, **settings) -> Path:
 
 @pytest.mark.parametrize("settings", [
     {}, {"accumulate": 2}, {"sample_every": 1}, {"freeze_text": True}, {"prior_weight": 0.0},
-    {"precision": "bf16"}, {"save_every": 0}, {"checkpointing": True},
+    {"precision": "bf16"}, {"precision": "fp16"}, {"save_every": 0}, {"checkpointing": True},
 ], ids=lambda settings: " ".join(settings) or "plain")
 def test_stopped_and_resumed_run_ends_in_the_same_bytes(teach, signal_at, tmp_path, settings):
     """As one that was left alone."""
@@ -158,7 +158,7 @@ def test_finished_run_writes_its_model_again(teach, tmp_path):
 
 def test_best_step_is_remembered(teach, tmp_path, monkeypatch, capsys):
     losses = iter([1.0, 2.0, 3.0, 4.0])
-    monkeypatch.setattr(train, "validate", lambda *_: {"validation_loss": next(losses)})
+    monkeypatch.setattr(train, "validate", lambda *_: next(losses))
     out = teach(tmp_path / "out", steps=2, save_every=1, keep=1)
     teach(out, steps=4, save_every=1, keep=1, resume=True)
     assert checkpoints(out) == ["step-000001", "step-000004"]

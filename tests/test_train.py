@@ -26,10 +26,12 @@ from tinydb.config import InputError
 from tinydb.data import Draw, Latents, draw_step, fit, open_picture
 from tinydb.layers import ResnetBlock2D
 from tinydb.pictures import grid, save_png
+from tinydb.pipeline import choose_device
 from train import DreamBoothLoss, Settings, class_images_key
 
 PROMPTS = ["a photo of ohwx dog", "a photo of a dog"]
 UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
+VAE = UNET.replace("unet", "vae")
 
 
 def refusal(teach, out: Path, **settings) -> str:
@@ -309,7 +311,7 @@ def test_validation_loss_has_the_same_noise_at_every_step(teach, tmp_path):
 
 def test_best_step_is_kept_and_named(teach, tmp_path, monkeypatch, capsys):
     losses = iter([3.0, 1.0, 2.0, 2.5, 1.5])
-    monkeypatch.setattr(train, "validate", lambda *_: {"validation_loss": next(losses)})
+    monkeypatch.setattr(train, "validate", lambda *_: next(losses))
     out = teach(tmp_path / "out", steps=5, save_every=1, keep=1)
     assert names(out / "checkpoints") == ["step-000002", "step-000005"]
     printed = capsys.readouterr().out
@@ -318,7 +320,7 @@ def test_best_step_is_kept_and_named(teach, tmp_path, monkeypatch, capsys):
 
 def test_no_best_step_is_named_where_it_is_the_last(teach, tmp_path, monkeypatch, capsys):
     losses = iter([3.0, 2.0, 1.0])
-    monkeypatch.setattr(train, "validate", lambda *_: {"validation_loss": next(losses)})
+    monkeypatch.setattr(train, "validate", lambda *_: next(losses))
     out = teach(tmp_path / "out", steps=3, save_every=1, keep=2)
     assert names(out / "checkpoints") == ["step-000002", "step-000003"]
     assert "lowest" not in capsys.readouterr().out
@@ -374,6 +376,48 @@ def test_bf16_trains_fp32_weights(teach, tmp_path):
     assert {tensor.dtype for tensor in load_file(low / "model" / UNET).values()} == {torch.float32}
 
 
+def test_fp16_scales_its_gradients_and_skips_what_overflows(teach, nano, tmp_path):
+    """Also on a CPU."""
+    out = teach(tmp_path / "out", precision="fp16", steps=8, save_every=8)
+    scale = json.loads((out / "checkpoints" / "step-000008" / "state.json").read_text())["scaler"]["scale"]
+    changed = metrics(out)[-1]["unet_change"]
+    assert changed > 0 and scale <= 65536
+    assert all(t.isfinite().all() for t in load_file(out / "model" / UNET).values())
+
+
+def test_fp16_that_never_takes_a_step_ends_the_run(teach, tmp_path, monkeypatch):
+    """Every gradient overflows, so the scale falls and falls."""
+    def unscale_(self, optimizer):
+        for group in optimizer.param_groups:
+            group["params"][0].grad.fill_(torch.inf)
+        return original(self, optimizer)
+
+    original = torch.amp.GradScaler.unscale_
+    monkeypatch.setattr(torch.amp.GradScaler, "unscale_", unscale_)
+    assert "fp16" in refusal(teach, tmp_path / "out", precision="fp16", steps=50, save_every=50)
+    assert not (tmp_path / "out" / "checkpoints").exists() and len(metrics(tmp_path / "out")) < 30
+
+
+@pytest.mark.parametrize("capability, expected", [((8, 0), torch.bfloat16), ((7, 5), torch.float16)])
+def test_auto_precision_goes_by_the_gpu(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert choose_device("cuda", "auto") == (torch.device("cuda"), expected)
+    assert choose_device("cpu", "auto") == (torch.device("cpu"), torch.float32)
+
+
+def test_vae_of_the_result_is_the_bases_weights_and_nothing_else(teach, nano, tmp_path):
+    """A folder from the hub may hold other files, pickles among them, and may be read-only."""
+    base = Path(shutil.copytree(nano, tmp_path / "base"))
+    (base / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
+    (base / "vae").chmod(0o555)
+    out = teach(tmp_path / "out", weights=str(base))
+    for folder in (out / "model", *(out / "checkpoints").iterdir()):
+        assert (folder / "vae").stat().st_mode & 0o200
+        assert sorted(files(folder / "vae")) == ["config.json", VAE.partition("/")[2]]
+        assert (folder / VAE).read_bytes() == (nano / VAE).read_bytes()
+
+
 def test_loss_that_is_not_finite_stops_before_anything_is_saved(teach, tmp_path):
     out = tmp_path / "out"
     text = refusal(teach, out, lr=1e30, save_every=5, steps=5)
@@ -396,7 +440,7 @@ def test_out_of_memory_is_answered_with_what_to_try(nano, photos, tmp_path):
     last = run.message.split("\n")[-1]
     assert last.startswith("train.py: CUDA out of memory. Tried to allocate 2 GiB")
     assert "Traceback" not in run.stderr
-    assert all(flag in last for flag in ("--checkpointing", "--batch 1", "--freeze-text", "--precision bf16"))
+    assert all(flag in last for flag in ("--checkpointing", "--batch 1", "--freeze-text"))
 
 
 def test_too_little_disk_is_noticed_before_anything_is_written(teach, tmp_path, monkeypatch):
@@ -410,14 +454,16 @@ def test_memory_plan_of_stable_diffusion(pairs):
         parts = {"unet": tinydb.pipeline.UNet2DConditionModel(SD1.unet),
                  "text_encoder": tinydb.pipeline.CLIPTextModel(SD1.text_encoder)}
     sd = types.SimpleNamespace(**parts, tokenizer=types.SimpleNamespace(max_length=77))
-    settings = Settings(batch=1)
-    plan = train.memory_plan(sd, settings, torch.float32)
+    settings, cpu = Settings(batch=1), torch.device("cpu")
+    plan = train.memory_plan(sd, settings, cpu, torch.float32)
     assert "weights 3.93, gradients 3.93, optimizer 7.86" in plan
-    frozen = train.memory_plan(sd, Settings(batch=1, freeze_text=True), torch.bfloat16)
+    frozen = train.memory_plan(sd, Settings(batch=1, freeze_text=True), cpu, torch.bfloat16)
     assert "weights 3.93, gradients 3.44, optimizer 6.88" in frozen
     full, half = [float(re.search(r"activations ([\d.]+)", text)[1]) for text in (plan, frozen)]
     assert 1 < half < 0.6 * full
-    recomputed = train.memory_plan(sd, Settings(batch=1, checkpointing=True), torch.bfloat16)
+    on_gpu = train.memory_plan(sd, Settings(batch=1), torch.device("cuda"), torch.bfloat16)
+    assert 1.2 * half < float(re.search(r"activations ([\d.]+)", on_gpu)[1]) < 0.8 * full  # norms stay in fp32 there
+    recomputed = train.memory_plan(sd, Settings(batch=1, checkpointing=True), cpu, torch.bfloat16)
     assert 0.1 < float(re.search(r"activations ([\d.]+)", recomputed)[1]) < 0.3 * half
 
 
@@ -445,7 +491,7 @@ def module(name: str, **content: object) -> types.ModuleType:
 def stub_tensorboard(calls: list) -> dict[str, types.ModuleType]:
     class SummaryWriter:
         def __init__(self, folder: Path, purge_step: int):
-            calls.append(("start", folder))
+            calls.append(("start", folder, purge_step))
 
         def add_scalar(self, name: str, value: float, step: int):
             calls.append((name, value, step))
@@ -475,6 +521,16 @@ def test_tracker_gets_what_metrics_hold(teach, tmp_path, monkeypatch, name, stub
     assert calls[0][0] == "start" and out in (calls[0][1], calls[0][1].parent)
     assert calls[1:] == [(key, value, line["step"]) for line in metrics(out)
                          for key, value in line.items() if key != "step"]
+
+
+def test_resumed_tensorboard_keeps_the_step_of_the_checkpoint(teach, tmp_path, monkeypatch):
+    """It hides what was logged at `purge_step` and after."""
+    calls = []
+    for module_name, stubbed in stub_tensorboard(calls).items():
+        monkeypatch.setitem(sys.modules, module_name, stubbed)
+    for options in ({"steps": 1, "save_every": 1}, {"steps": 2, "save_every": 1, "resume": True}):
+        teach(tmp_path / "out", log="tensorboard", **options)
+    assert [call[2] for call in calls if call[0] == "start"] == [1, 2]
 
 
 def test_resumed_run_goes_on_in_the_same_wandb_run(teach, tmp_path, monkeypatch):
@@ -519,7 +575,7 @@ def test_class_images_are_what_the_model_draws_of_the_class(teach, nano, tmp_pat
     assert len(images) == 10
     sd = tinydb.load(nano)
     assert difference(images, sd.generate([prompt] * 10, steps=2, guidance_scale=2.0, seed=7)) <= 1
-    assert images[9].text["parameters"] == f"{prompt}\nSteps: 2, Seed: 16, CFG scale: 2.0"
+    assert images[9].text["parameters"] == f"{prompt}\nSteps: 2, Sampler: DDIM, Seed: 16, CFG scale: 2.0"
 
 
 def test_class_images_of_an_earlier_run_are_used_as_they_are(teach, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Stable Diffusion put together: the parts of a model folder, and how a prompt becomes pictures."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from tinydb.pictures import to_images, to_pixels
 from tinydb.tokenizer import PLACEHOLDER, CLIPTokenizer
 from tinydb.unet import UNet2DConditionModel
 from tinydb.vae import AutoencoderKL
-from tinydb.weights import link_or_copy, load_model, save_model, written_whole
+from tinydb.weights import WEIGHT_FILES, link_or_copy, load_model, save_model, written_whole
 
 DEFAULT_IDENTIFIER = "ohwx"  # one rare token of CLIP's vocabulary, and of the embedded model's
 DECODE_BATCH = 8  # pictures decoded at once: at full size the decoder needs more memory than the UNet
@@ -192,7 +191,7 @@ class StableDiffusion:
     def save(self, folder: str | Path, dtype: torch.dtype | None = torch.float32, vae_from: Path | None = None) -> None:
         """Write the model folder, which diffusers opens as well; it appears whole or not at all.
 
-        `dtype` None leaves each tensor as it is. `vae_from` is a model folder whose VAE files this one may share.
+        `dtype` None leaves each tensor as it is. `vae_from` is a model folder whose VAE weights this one may share.
         """
         with written_whole(Path(folder)) as path:
             self.write(path, dtype, vae_from)
@@ -205,7 +204,7 @@ class StableDiffusion:
         if vae_from is None:
             save_model(self.vae, folder, "vae", dtype)
         else:
-            shutil.copytree(vae_from / "vae", folder / "vae", copy_function=link_or_copy, dirs_exist_ok=True)
+            link_or_copy(vae_from / "vae" / WEIGHT_FILES["vae"], folder / "vae" / WEIGHT_FILES["vae"])
 
     def save_settings(self, folder: Path) -> None:
         """Write everything of a model folder but the weights."""

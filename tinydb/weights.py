@@ -181,7 +181,7 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def link_or_copy(source: str, destination: str) -> None:
+def link_or_copy(source: Path, destination: Path) -> None:
     """A second name for a file where the file system can, else a copy: frozen weights need no second place."""
     try:
         os.link(os.path.realpath(source), destination)  # the hub's cache is made of symbolic links

@@ -214,8 +214,8 @@ def study(settings: Settings, judge: Judge, out: Path) -> None:
             shutil.rmtree(folder)
         if f"diffusers/{name}" not in results:  # its own training computation, on the same class images
             [class_images] = class_dir.iterdir()
-            seconds = run("tests/benchmark.py", "--their-job", weights, out / "theirs", images, noun, class_images,
-                          recipe.steps, recipe.batch, recipe.lr, recipe.lr_text)
+            seconds = run("tests/benchmark.py", "--their-job", "auto", weights, out / "theirs", images, noun,
+                          class_images, recipe.steps, recipe.batch, recipe.lr, recipe.lr_text)
             note("diffusers", name, out / "theirs", seconds)
             shutil.rmtree(out / "theirs")
 

@@ -10,9 +10,8 @@ A judge (judge.py) looks at every picture. Tables are printed as Markdown; OUT h
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +24,17 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import tinydb
-from tinydb.config import InputError, Parser, option, read_json, write_json
+from tinydb.config import InputError, Parser, option, read_json, require, write_json
 from tinydb.data import fit, open_picture
 from tinydb.pictures import grid, to_pixels
 from tinydb.pipeline import StableDiffusion, choose_device
+from tinydb.weights import written_whole
+from train import class_images_key
 from judge import ATTRIBUTES, Judge, draw_batch, load_judge
 from world import (COLORS, PLACES, SUBJECTS, Scene, Subject, compose, full_caption, phrase, render, sample_scene,
                    scene_look)
+
+Similarity = Callable[[list[Image.Image], list[Image.Image]], Tensor]  # N and M pictures -> (N, M)
 
 BATCH = 20  # pictures drawn at once
 # Ways to teach a subject, by the options of train.py that differ from its recipe.
@@ -46,7 +49,7 @@ class Settings:
 
     weights: str = option(str(ROOT / "weights" / "tiny"), "model folder to evaluate")
     out: str = option("runs/evaluate", "folder for pictures, and for the results of the study")
-    guidance: float | None = option(None, "classifier-free guidance scale (default: the model's recipe)", type=float)
+    guidance: float | None = option(None, "of the composition's pictures (default: the model's recipe)", type=float)
     quick: bool = option(False, "a fifth of the prompts; two of the subjects")
     dreambooth: bool = option(False, "the study of DreamBooth instead of composition")
 
@@ -79,7 +82,7 @@ def attributes_of(scene: Scene) -> list[int]:
 
 def accuracy(judge: Judge, images: list[Image.Image], scenes: list[Scene]) -> list[float]:
     """Percent of pictures that show each attribute of their scene, and all of them together."""
-    logits, _ = judge(to_pixels(images))
+    logits = judge(to_pixels(images))
     seen = torch.stack([values.argmax(1) for values in logits.values()], 1)
     right = seen == torch.tensor([attributes_of(scene) for scene in scenes])
     return [100 * column.float().mean().item() for column in (*right.T, right.all(1))]
@@ -114,8 +117,8 @@ def study_prompts(subject: Subject) -> list[tuple[str, dict[str, str]]]:
     return prompts
 
 
-def similarity_to(judge: Judge) -> Callable[[list[Image.Image], list[Image.Image]], Tensor]:
-    """A function of two lists of pictures: the cosine (N, M) between their features, less what all pictures share."""
+def similarity_to(judge: Judge) -> Similarity:
+    """The cosine (N, M) between the judge's features of two lists of pictures, less what all pictures share."""
     center = judge.features(draw_batch(200, np.random.default_rng(2))[0]).mean(0)
 
     def similarity(images: list[Image.Image], others: list[Image.Image]) -> Tensor:
@@ -125,7 +128,8 @@ def similarity_to(judge: Judge) -> Callable[[list[Image.Image], list[Image.Image
     return similarity
 
 
-def shows_subject(judge: Judge, images: list[Image.Image], subject: Subject) -> dict[str, Tensor]:
+def shows_subject(judge: Judge, similarity: Similarity, images: list[Image.Image],
+                  subject: Subject) -> dict[str, Tensor]:
     """Whether each picture has the subject's noun, its kind of marking, its colours, and all three.
 
     Its colours: of the same thing drawn by world.py everywhere in the subject's own colours and in every colour that a
@@ -135,94 +139,118 @@ def shows_subject(judge: Judge, images: list[Image.Image], subject: Subject) -> 
     named = [replace(look, main=other.main, accent=other.accent, mark=other.mark) for other in (
         scene_look(Scene(subject.noun, color, look.marking, PLACES[0], False), rng) for color in COLORS)]
     drawn = [compose(subject.noun, each, place, rng, 64) for each in (look, *named) for place in PLACES]
-    logits, _ = judge(to_pixels(images))
+    logits = judge(to_pixels(images))
     right = {"noun": logits["noun"].argmax(1) == ATTRIBUTES["noun"].index(subject.noun),
              "marking": logits["pattern"].argmax(1) == ATTRIBUTES["pattern"].index(look.marking),
-             "colours": similarity_to(judge)(images, drawn).argmax(1) < len(PLACES)}
+             "colours": similarity(images, drawn).argmax(1) < len(PLACES)}
     return right | {"all": torch.stack(list(right.values())).all(0)}
 
 
-def measure(folder: Path, name: str, per_prompt: int, judge: Judge, picture: Path) -> dict[str, float]:
-    """What the DreamBooth paper measures (arXiv 2208.12242, tables 1 and 3), of a model that was taught a subject.
+def measure(judge: Judge, similarity: Similarity, name: str, images: list[Image.Image],
+            class_images: list[Image.Image]) -> dict[str, float]:
+    """What the DreamBooth paper measures (arXiv 2208.12242, tables 1 and 3), of pictures of a subject, as many for each
+    of `study_prompts` in turn, and of pictures of plain class prompts.
 
     In percent: subject fidelity (noun, marking, colours, all; "likeness" is the paper's DINO score with the judge's
-    features), prompt fidelity ("prompt": all that the prompt names besides the subject is there), and of plain
-    class prompts "drift" (pictures that show the subject's colours), PRES (their likeness to the subject, less is
-    better) and DIV (how far they are from one another, more is better).
+    features), prompt fidelity ("prompt": all that the prompt names besides the subject is there), and of the class
+    pictures "drift" (those that show the subject's colours), PRES (their likeness to the subject, less is better) and
+    DIV (how far they are from one another, more is better).
     """
-    subject, similarity = SUBJECTS[name], similarity_to(judge)
-    sd = tinydb.load(folder, choose_device("auto", "fp32")[0])
+    subject, prompts = SUBJECTS[name], study_prompts(SUBJECTS[name])
+    wanted = [values for _, values in prompts for _ in range(len(images) // len(prompts))]
     files = sorted((ROOT / "weights" / "subjects" / name).glob("*.png"))
-    photographs = [fit(open_picture(file), sd.resolution) for file in files]
-    asked = [(prompt, wanted) for prompt, wanted in study_prompts(subject) for _ in range(per_prompt)]
-    images = draw(sd, [prompt for prompt, _ in asked], None, f"{name}, {folder.name}")
-    class_images = draw(sd, [f"a photo of {phrase(subject.noun)}"] * CLASS_PICTURES, None, f"a {subject.noun}")
-    grid(images[::per_prompt] + class_images[:10], 10).save(picture)
+    photographs = [fit(open_picture(file), images[0].width) for file in files]
 
-    recoloured = torch.tensor(["color" in wanted for _, wanted in asked])
-    fidelity = shows_subject(judge, images, subject)
-    logits, _ = judge(to_pixels(images))
+    recoloured = torch.tensor(["color" in values for values in wanted])
+    fidelity = shows_subject(judge, similarity, images, subject)
+    logits = judge(to_pixels(images))
     prompt_right = torch.tensor([
-        all(ATTRIBUTES[attribute][logits[attribute][i].argmax()] == value for attribute, value in wanted.items())
-        for i, (_, wanted) in enumerate(asked)])
+        all(ATTRIBUTES[attribute][logits[attribute][i].argmax()] == value for attribute, value in values.items())
+        for i, values in enumerate(wanted)])
     own = [image for image, other in zip(images, recoloured) if not other]
     among = similarity(class_images, class_images)
     numbers = {key: value[~recoloured] for key, value in fidelity.items()} | {
         "likeness": similarity(own, photographs), "prompt": prompt_right,
-        "drift": shows_subject(judge, class_images, subject)["colours"],
+        "drift": shows_subject(judge, similarity, class_images, subject)["colours"],
         "PRES": similarity(class_images, photographs), "DIV": 1 - among[~torch.eye(len(among), dtype=torch.bool)]}
     return {key: 100 * value.float().mean().item() for key, value in numbers.items()}
 
 
+def draw_taught(folder: Path, name: str, per_prompt: int) -> tuple[list[Image.Image], list[Image.Image]]:
+    """What a model that was taught a subject draws of it, and of its class."""
+    subject, sd = SUBJECTS[name], tinydb.load(folder, choose_device("auto", "fp32")[0])
+    prompts = [prompt for prompt, _ in study_prompts(subject) for _ in range(per_prompt)]
+    return (draw(sd, prompts, None, f"{name}, {folder.name}"),
+            draw(sd, [f"a photo of {phrase(subject.noun)}"] * CLASS_PICTURES, None, f"a {subject.noun}"))
+
+
+def draw_real(name: str) -> tuple[list[Image.Image], list[Image.Image]]:
+    """What a perfect model would draw: the subject as each prompt wants it, and its class, by world.py itself."""
+    subject, rng = SUBJECTS[name], np.random.default_rng(4)
+    images = []
+    for _, wanted in study_prompts(subject):
+        look = replace(subject.look, topper=wanted.get("topper", subject.look.topper),
+                       main=COLORS[wanted["color"]] if "color" in wanted else subject.look.main)
+        images.append(compose(subject.noun, look, wanted["place"], rng, 64))
+    return images, [render(replace(sample_scene(rng), noun=subject.noun), rng) for _ in range(CLASS_PICTURES)]
+
+
 def study(settings: Settings, judge: Judge, out: Path) -> None:
     """Teach each subject in each way, measure, print. Results are kept as they come; models are not."""
-    weights, path = Path(settings.weights), out / "results.json"
-    results: dict[str, dict[str, float]] = read_json(path) if path.exists() else {}
-    recipe = tinydb.load(weights).info.recipe
+    weights, path, similarity = Path(settings.weights), out / "results.json", similarity_to(judge)
+    sd = tinydb.load(weights)
+    recipe, model = sd.info.recipe, class_images_key(sd, "", 0, weights)
+    kept = read_json(path) if path.exists() else {"model": model, "recipe": asdict(recipe), "rows": {}}
+    require(kept["model"] == model and kept["recipe"] == asdict(recipe),
+            f"{path} has the results of another model or recipe; give another --out")
+    results: dict[str, dict[str, float]] = kept["rows"]
     names = list(SUBJECTS)[: 2 if settings.quick else None]
 
-    def note(row: str, name: str, folder: Path, seconds: float = 0.0) -> None:
-        if (key := f"{row}/{name}") not in results:
-            per_prompt = 4 if row in ("the recipe", "diffusers") else 1
-            picture = out / f"{key.replace('/', '-').replace(' ', '-')}.png"
-            results[key] = measure(folder, name, per_prompt, judge, picture) | {"seconds": seconds}
-            write_json(path, results)
+    def note(row: str, name: str, images: list[Image.Image], class_images: list[Image.Image]) -> None:
+        sheet = images[:: len(images) // len(study_prompts(SUBJECTS[name]))] + class_images[:10]
+        grid(sheet, 10).save(out / f"{row}-{name}.png".replace(" ", "-"))
+        results[f"{row}/{name}"] = measure(judge, similarity, name, images, class_images)
+        with written_whole(path) as temporary:
+            write_json(temporary, kept)
 
-    def run(script: str, *arguments: object) -> float:
-        start = time.monotonic()
+    def run(script: str, *arguments: object) -> None:
         subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], check=True, stdout=sys.stderr)
-        return time.monotonic() - start
 
     for name in names:
         noun, images = SUBJECTS[name].noun, ROOT / "weights" / "subjects" / name
         class_dir = out / f"class-{noun}"
         class_dir.mkdir(exist_ok=True)
-        note("before", name, weights)
+        if f"before/{name}" not in results:
+            note("before", name, *draw_taught(weights, name, 1))
+        if f"world.py/{name}" not in results:
+            note("world.py", name, *draw_real(name))
         for arm, options in ARMS.items():
             if f"{arm}/{name}" in results:
                 continue
             folder = out / f"{name}-{arm.replace(' ', '-')}"
             factors = STEP_FACTORS if arm == "the recipe" else (1,)
-            seconds = run("train.py", "--images", images, "--class", noun, "--weights", weights, "--out", folder,
-                          "--class-dir", class_dir, "--steps", round(max(factors) * recipe.steps), "--keep", 100,
-                          "--save-every", round(min(factors) * recipe.steps), *options,
-                          *(["--resume"] if (folder / "config.json").exists() else []))
+            run("train.py", "--images", images, "--class", noun, "--weights", weights, "--out", folder,
+                "--class-dir", class_dir, "--steps", round(max(factors) * recipe.steps), "--keep", 100,
+                "--save-every", round(min(factors) * recipe.steps), *options,
+                *(["--resume"] if (folder / "config.json").exists() else []))
             for factor in sorted(factors, key=lambda factor: factor == 1):  # the arm itself last, when all is done
                 steps = round(factor * recipe.steps)
                 row = arm if factor == 1 else f"{steps} steps"
-                note(row, name, folder / "checkpoints" / f"step-{steps:06d}", seconds * factor / max(factors))
+                if f"{row}/{name}" not in results:
+                    checkpoint = folder / "checkpoints" / f"step-{steps:06d}"
+                    note(row, name, *draw_taught(checkpoint, name, 4 if row == "the recipe" else 1))
             shutil.rmtree(folder)
         if f"diffusers/{name}" not in results:  # its own training computation, on the same class images
             [class_images] = class_dir.iterdir()
-            seconds = run("tests/benchmark.py", "--their-job", "auto", weights, out / "theirs", images, noun,
-                          class_images, recipe.steps, recipe.batch, recipe.lr, recipe.lr_text)
-            note("diffusers", name, out / "theirs", seconds)
+            run("tests/benchmark.py", "--their-job", "auto", weights, out / "theirs", images, noun, class_images,
+                recipe.steps, recipe.batch, recipe.lr, recipe.lr_text)
+            note("diffusers", name, *draw_taught(out / "theirs", name, 4))
             shutil.rmtree(out / "theirs")
 
-    rows = ["before", *(f"{round(factor * recipe.steps)} steps" for factor in STEP_FACTORS if factor != 1), *ARMS,
-            "diffusers"]
+    over_steps = [f"{round(factor * recipe.steps)} steps" for factor in STEP_FACTORS if factor != 1]
     columns = list(next(iter(results.values())))
-    table = {row: [np.mean([results[f"{row}/{name}"][column] for name in names]) for column in columns] for row in rows}
+    table = {row: [np.mean([results[f"{row}/{name}"][column] for name in names]) for column in columns]
+             for row in ("before", *over_steps, *ARMS, "diffusers", "world.py")}
     print_table(f"mean of {len(names)} subjects", columns,
                 {row: [f"{value:.0f}" for value in values] for row, values in table.items()})
 

@@ -29,7 +29,7 @@ STEPS, BATCH = 2000, 64
 
 
 class Judge(nn.Module):
-    """Pixels (B, 3, 64, 64) in [-1, 1] -> logits of each attribute, and the colours of the thing and of its marks."""
+    """Pixels (B, 3, 64, 64) in [-1, 1] -> logits of each attribute."""
 
     def __init__(self):
         super().__init__()
@@ -37,16 +37,19 @@ class Judge(nn.Module):
         self.layers = nn.Sequential(*(
             nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.SiLU()) for a, b in zip(widths, widths[1:])))
         self.heads = nn.ModuleDict({name: nn.Linear(widths[-1], len(values)) for name, values in ATTRIBUTES.items()})
-        self.colors = nn.Linear(widths[-1], 6)
+        self.colors = nn.Linear(widths[-1], 6)  # learnt beside, so that features tell colours without a name apart
 
     def features(self, pixels: Tensor) -> Tensor:
         """(B, 3, 64, 64) -> (B, 160): what the heads look at."""
         return self.layers(pixels).mean((2, 3))
 
-    def forward(self, pixels: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """-> logits (B, values) by attribute; colours (B, 2, 3) in [0, 1], of the thing and of its marks."""
-        features = self.features(pixels)
-        return {name: head(features) for name, head in self.heads.items()}, self.colors(features).view(-1, 2, 3)
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """-> logits (B, values) by attribute."""
+        return self.logits(self.features(pixels))
+
+    def logits(self, features: Tensor) -> dict[str, Tensor]:
+        """(B, 160) -> logits (B, values) by attribute."""
+        return {name: head(features) for name, head in self.heads.items()}
 
 
 def load_judge() -> Judge:
@@ -78,10 +81,11 @@ def draw_batch(count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Te
 
 def loss_of(judge: Judge, pixels: Tensor, shown: Tensor, colors: Tensor) -> Tensor:
     """Cross entropy of the attributes, and the squared error of the colours (of marks only where there are any)."""
-    logits, guess = judge(pixels)
-    error = (guess - colors).square().mean(2)
+    features = judge.features(pixels)
+    error = (judge.colors(features).view(-1, 2, 3) - colors).square().mean(2)
     error[:, 1] *= shown[:, 2] > 0
-    return sum(F.cross_entropy(values, shown[:, i]) for i, values in enumerate(logits.values())) + 10 * error.mean()
+    logits = judge.logits(features).values()
+    return sum(F.cross_entropy(values, shown[:, i]) for i, values in enumerate(logits)) + 10 * error.mean()
 
 
 def soften(pixels: Tensor, rng: np.random.Generator) -> Tensor:
@@ -93,11 +97,11 @@ def soften(pixels: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def test(judge: Judge, count: int = 1000) -> dict[str, float]:
-    """Share of errors of each attribute on pictures with captions that training did not draw, in percent."""
+def errors(judge: Judge, count: int = 1000) -> dict[str, float]:
+    """Share of errors in each attribute, in percent, on pictures with captions that training did not draw."""
     rng = np.random.default_rng(1)
     pixels, shown, _ = draw_batch(count, rng)
-    logits, _ = judge(pixels)
+    logits = judge(pixels)
     named = shown[:, 1] != UNKNOWN
     return {name: 100 * (values.argmax(1) != shown[:, i])[named].float().mean().item()
             for i, (name, values) in enumerate(logits.items())}
@@ -121,7 +125,7 @@ def main():
             progress.set_postfix(loss=f"{loss.item():.3f}")
     with written_whole(FILE) as temporary:
         save_tensors({name: tensor.half() for name, tensor in judge.state_dict().items()}, temporary)
-    for name, error in test(load_judge()).items():
+    for name, error in errors(load_judge()).items():
         print(f"{name:8} {error:.1f}% wrong")
 
 

@@ -1,7 +1,7 @@
 """Train the embedded model from nothing, on the world of world.py: first the autoencoder, then text encoder and UNet.
 
     python weights/pretrain.py                     # runs/pretrain, and at the end weights/tiny
-    python weights/pretrain.py --images 200 --vae-steps 20 --steps 20 --out runs/try --result runs/try/tiny
+    python weights/pretrain.py --images 99 --vae-steps 9 --decoder-steps 9 --steps 9 --out runs/try --result runs/tiny
 
 The same command continues a run that was interrupted. It runs unchanged on a GPU. OUT/*.png show how far it is.
 """
@@ -128,9 +128,10 @@ def train(name: str, model: nn.Module, loss_of: Callable[[nn.Module, np.random.G
         optimizer.step()
         optimizer.zero_grad()
         keep = min(0.999, (1 + step) / (10 + step))  # the average forgets the beginning fast
-        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
 
-        if step % 20 == 0:
+        if step % 20 == 0 or smooth_loss is None:
             smooth_loss = loss.item() if smooth_loss is None else 0.9 * smooth_loss + 0.1 * loss.item()
             progress.set_postfix(loss=f"{smooth_loss:.4f}", lr=f"{lr * warmup * decay:.1e}")
         if (step + 1) % 250 == 0 or step + 1 == steps:

@@ -41,8 +41,16 @@ def test_command_parses(words):
     Parser(SCRIPTS[script].Settings, "").parse_intermixed_args(given)
 
 
+@pytest.mark.parametrize("page", [Path("README.md"), Path("weights/README.md")], ids=str)
+def test_every_file_that_a_page_points_to_is_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert re.findall(r"@[A-Z]+@", text) == [], "a number that was never filled in"
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        assert (ROOT / page.parent / target).is_file(), target
+
+
 def test_every_flag_is_one_that_a_script_has():
-    known = {"--nproc_per_node", "--nnodes"}
+    known = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--shutdown-timeout"}  # torchrun's
     for module in SCRIPTS.values():
         known |= {flag for action in Parser(module.Settings, "")._actions for flag in action.option_strings}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= known
@@ -57,6 +65,7 @@ def test_commands_run_one_after_the_other_and_so_does_the_python(tmp_path, monke
         script, given = split(words)
         run = start(tmp_path / "output", script, *given, *FEW[script], prepare=partial(os.chdir, tmp_path))
         assert run.wait() == 0, f"{shlex.join(words)}\n{run.message}"
+        assert "does not ask for your" not in run.message or "[V]" not in shlex.join(words)
     assert len(list(Path("samples").glob("*-V-dog-on-the-moon.png"))) == 4 + 2 + 1 + 1 + 4 * 2
     for code in PYTHON:
         exec(code, {})

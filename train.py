@@ -104,7 +104,7 @@ class Settings:
         """These settings with the recipe's numbers where nothing was given, all of them checked."""
         require(self.lr_text is None or not self.freeze_text, "--lr-text with --freeze-text: leave one of them out")
         lr = (recipe.lr_freeze_text if self.freeze_text else recipe.lr) if self.lr is None else self.lr
-        lr_text = lr * (recipe.lr_text / recipe.lr) if self.lr_text is None else self.lr_text
+        lr_text = recipe.lr_text * (lr / recipe.lr) if self.lr_text is None else self.lr_text
         given = {"out": self.out or str(Path("runs") / Path(self.images).resolve().name),
                  "steps": recipe.steps if self.steps is None else self.steps,
                  "batch": recipe.batch if self.batch is None else self.batch,

@@ -79,13 +79,13 @@ def settings_of_picture(path: Path) -> dict[str, object]:
     except (OSError, ValueError) as error:
         raise InputError(f"--from {path}: {error}; expected a PNG that sample.py wrote") from None
     entries = {SAID[name]: value for name, value in said.items() if name in SAID}
-    name = entries.pop("sampler", SAMPLER_NAMES["ddim"])
-    samplers = [sampler for sampler, known in SAMPLER_NAMES.items() if known == name]
-    if not samplers:
-        print(f"{path}: its sampler {name} is not here; --sampler says which to use instead", file=sys.stderr)
+    samplers = {name: sampler for sampler, name in SAMPLER_NAMES.items()}
+    if entries.get("sampler", "DDIM") not in samplers:
+        print(f"{path}: its sampler {entries['sampler']} is not here; --sampler says which to use", file=sys.stderr)
     if "strength" in entries and "init" not in entries:
         print(f"{path}: was drawn over a picture that it does not name; --init brings it", file=sys.stderr)
-    return {"prompt": prompt, "negative": negative, "count": 1, **entries, **{"sampler": name for name in samplers}}
+    return {"prompt": prompt, "negative": negative, "count": 1, **entries,
+            "sampler": samplers.get(entries.get("sampler"))}
 
 
 def settings_of_lines(path: Path) -> list[dict[str, object]]:
@@ -105,6 +105,7 @@ def settings_of_lines(path: Path) -> list[dict[str, object]]:
         if isinstance(entry, dict) and isinstance(entry.get("from"), str):
             entry = settings_of_picture(Path(entry["from"])) | entry
         require(isinstance(entry, dict) and isinstance(entry.get("prompt"), str)
+                and isinstance(entry.get("from", ""), str) and not {"prompts", "source"} & entry.keys()
                 and not any(isinstance(value, (list, dict)) for value in entry.values()),
                 f'--prompts {path}: line {number} is {line}; expected one such as {{"prompt": "a dog", "seed": 3}}')
         entries.append(entry)
@@ -256,8 +257,8 @@ def draw_and_save(sd: StableDiffusion, weights: Path, prompt: str, settings: Set
     for i, (image, path) in enumerate(zip(images, paths)):
         made_with = {**asdict(settings), "sampler": SAMPLER_NAMES[settings.sampler], "seed": settings.seed + i,
                      "size": f"{image.width}x{image.height}", "weights": weights}
-        about = {name: made_with[option] for name, option in SAID.items()
-                 if settings.init or option not in ("init", "strength")}
+        about = {name: made_with[key] for name, key in SAID.items()
+                 if settings.init or key not in ("init", "strength")}
         save_png(image, path, describe(prompt, settings.negative, **about))
         print(path)
         if maps:

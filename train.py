@@ -171,9 +171,10 @@ class DreamBoothLoss(nn.Module):
 
 def diverged(step: int, what: str, settings: Settings) -> InputError:
     """The error that ends a run which has come to nothing."""
-    return InputError(f"step {step}: {what}, and nothing was saved of it. Start again with a lower --lr than "
-                      f"{settings.lr} or --precision fp32, another --out, and --class-dir {settings.out}/class_images "
-                      "to keep the class pictures")
+    keep = f", and --class-dir {settings.class_dir or Path(settings.out) / 'class_images'} to keep the class pictures"
+    return InputError(f"step {step}: {what}; this step is not saved, checkpoints before it are. Start again with a "
+                      f"lower --lr than {settings.lr} or --precision fp32, another --out"
+                      f"{keep if settings.prior_weight > 0 else ''}")
 
 
 def recompute_activations(model: nn.Module) -> None:
@@ -704,6 +705,6 @@ if __name__ == "__main__":
                            "--batch 1 with more --accumulate, --freeze-text (no gradients and moments of the text "
                            "encoder); the plan above has the sizes\n")
         if isinstance(error, dist.DistError) or "closed by peer" in reason or "reset by peer" in reason:
-            parser.exit(1, f"{parser.prog}: another process of this run died or cannot be reached, see its own message "
-                           f"({reason}); once that is mended, --resume goes on from the last checkpoint\n")
+            parser.exit(1, f"{parser.prog}: another process of this run died or cannot be reached, see its own "
+                           f"message; once that is mended, --resume goes on from the last checkpoint ({error})\n")
         raise

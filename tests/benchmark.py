@@ -51,7 +51,7 @@ class Settings:
     """The command line."""
 
     rows: str = option("", "measure only rows whose name contains this")
-    repeats: int = option(5, "measurements of each side of a row", type=int)
+    repeats: int = option(5, "measurements of each side of a row that has no number of its own", type=int)
     images: int = option(24, "class images to draw where a row is about class images", type=int)
     device: str = option("cpu", "cuda measures Stable Diffusion 1.5 there", choices=("cpu", "cuda"))
 
@@ -65,7 +65,8 @@ class Model:
     dtype: torch.dtype
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        """As train.py has it; accelerate, which train_dreambooth.py uses, keeps the cache."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
 
     def ours(self) -> StableDiffusion:
         return tinydb.load(self.folder, self.device, self.dtype)
@@ -331,7 +332,8 @@ def class_row(model: Model, name: str, count: int, steps: int, guidance: float, 
 def sampling_row(name: str, index: int, steps: int, goal: str, folder: Path, repeats: int | None = None) -> Row:
     """Seconds (index 0) or peak memory (1) of the whole process that draws four pictures with the model in the box."""
     script = THEIR_START.replace("num_inference_steps=1", f"num_inference_steps={steps}")
-    ours = (ROOT / "sample.py", "a dog on the moon", "--weights", TINY, "--steps", steps, "--out", folder / "samples")
+    ours = (ROOT / "sample.py", "a dog on the moon", "--weights", TINY, "--steps", steps, "--device", "cpu",
+            "--out", folder / "samples")
     return Row(name, goal, lambda: (lambda: process(*ours)[index], lambda: process("-c", script)[index]),
                repeats=repeats)
 
@@ -415,6 +417,7 @@ def measure(row: Row, repeats: int, flops: float, bandwidth: float) -> str:
 def main(settings: Settings) -> None:
     for library in (logging, transformers.utils.logging):
         library.disable_progress_bar()
+        library.set_verbosity_error()
     device, dtype = choose_device(settings.device, "auto")
     on_gpu = device.type == "cuda"
     with tempfile.TemporaryDirectory() as folder:

@@ -296,6 +296,9 @@ def test_drawing_over_a_picture(draw, nano, tmp_path):
     [expected] = tinydb.load(nano).generate("a dog", init=init, strength=0.5, steps=4, guidance_scale=2.0)
     assert difference([picture], [expected]) == 0
     assert "Denoising strength: 0.5, Init: " in picture.text["parameters"]
+    [hardly], [one_step] = draw("a dog", strength=0.01, steps=4, **options).values(), draw(
+        "a dog", strength=0.25, steps=4, **options).values()
+    assert difference([hardly], [one_step]) == 0  # one step is the least
 
 
 # -------------------------------------------------------------------------------------- which model
@@ -376,7 +379,6 @@ def test_warns_of_what_is_lost_once_the_placeholder_is_spelled_out(draw, nano, t
     (["--preview", "-1"], ["--preview -1"]), (["--seed", "4294967295"], ["--seed 4294967295", "4 pictures"]),
     (["--strength", "nan"], ["--strength nan"]), (["--strength", "1.1"], ["--strength 1.1"]),
     (["--init", "picture.png", "--steps", "0"], ["steps 0"]), (["--out", "cat.jpg"], ["cat.jpg", "PNG"]),
-    (["--init", "picture.png", "--strength", "0.1"], ["strength 0.1", "0.33"]),
     (["--eta", "1", "--sampler", "dpm"], ["--eta 1.0", "--sampler ddim"]), (["--sampler", "plms"], ["plms", "dpm"]),
     (["--init", "nowhere.png"], ["--init nowhere.png"]), (["--init", "file"], ["--init file", "not a picture"]),
     (["--size", "16"], ["--size 16", "WIDTHxHEIGHT"]), (["--size", "axb"], ["--size axb"]),

@@ -376,12 +376,21 @@ def test_bf16_trains_fp32_weights(teach, tmp_path):
     assert {tensor.dtype for tensor in load_file(low / "model" / UNET).values()} == {torch.float32}
 
 
-def test_fp16_scales_its_gradients_and_skips_what_overflows(teach, nano, tmp_path):
-    """Also on a CPU."""
+def test_fp16_scales_its_gradients_and_skips_what_overflows(teach, tmp_path, monkeypatch):
+    """Also on a CPU. One step overflows: the scale is halved, and that step is not counted in the moments."""
+    def unscale_(self, optimizer):
+        calls.append(optimizer)
+        if len(calls) == 3:
+            optimizer.param_groups[0]["params"][0].grad.fill_(torch.inf)
+        return original(self, optimizer)
+
+    calls, original = [], torch.amp.GradScaler.unscale_
+    monkeypatch.setattr(torch.amp.GradScaler, "unscale_", unscale_)
     out = teach(tmp_path / "out", precision="fp16", steps=8, save_every=8)
     scale = json.loads((out / "checkpoints" / "step-000008" / "state.json").read_text())["scaler"]["scale"]
-    changed = metrics(out)[-1]["unet_change"]
-    assert changed > 0 and scale <= 65536
+    state = load_file(out / "checkpoints" / "step-000008" / "state.safetensors")
+    assert metrics(out)[-1]["unet_change"] > 0 and scale == 65536 / 2
+    assert {tensor.item() for name, tensor in state.items() if name.startswith("step.")} == {7}
     assert all(t.isfinite().all() for t in load_file(out / "model" / UNET).values())
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 VISIBLE = 128  # pixels: pictures smaller than this are enlarged in a grid
 CAPTION = 24  # pixels that a line of text has there
+SMALLEST = 9  # pixels of a letter that can still be read
 
 
 def to_pixels(images: Iterable[Image.Image | np.ndarray]) -> Tensor:
@@ -28,7 +29,8 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
 
 def grid(images: list[Image.Image], columns: int, captions: list[str] | None = None) -> Image.Image:
     """Images of one size, row by row in `columns` columns; small ones are enlarged by a whole factor. `captions`, one
-    for each image, stand above it; a long one goes on over the next images, whose own are empty then."""
+    for each image, stand above it; a long one goes on over the next images whose own are empty, and shrinks or is cut
+    to what room there is."""
     factor = max(1, -(-VISIBLE // min(images[0].size)))
     width, height = (side * factor for side in images[0].size)
     captions = captions or [""] * len(images)
@@ -42,9 +44,11 @@ def grid(images: list[Image.Image], columns: int, captions: list[str] | None = N
             following = captions[i + 1 : (row + 1) * columns]
             room = width * (1 + next((k for k, other in enumerate(following) if other), len(following))) - 8
             size = CAPTION * 0.6
-            size *= min(1, room / ImageFont.load_default(size).getlength(caption))
-            draw = ImageDraw.Draw(sheet)
-            draw.text((left + 4, top - CAPTION / 2), caption, "black", ImageFont.load_default(size), anchor="lm")
+            size = max(size * min(1, room / ImageFont.load_default(size).getlength(caption)), SMALLEST)
+            font = ImageFont.load_default(size)
+            while font.getlength(caption) > room:
+                caption = caption.removesuffix("…")[:-1] + "…"
+            ImageDraw.Draw(sheet).text((left + 4, top - CAPTION / 2), caption, "black", font, anchor="lm")
     return sheet
 
 

@@ -138,9 +138,8 @@ class StableDiffusion:
         """Where drawing over a picture begins (SDEdit, arXiv 2108.01073): how many steps to skip so that `strength` of
         all `steps` are left, and the latents of `init` with the noise of the next one, one for each generator."""
         timesteps = sampler_timesteps(self.schedule, steps, sampler)
-        require(1 / steps <= strength <= 1,
-                f"strength {strength}: expected {1 / steps:.2g} (one of {steps} steps) to 1")
-        left = int(steps * strength)
+        require(0 < strength <= 1, f"strength {strength}: expected more than 0, at most 1")
+        left = max(1, int(steps * strength))
         require(all(side % self.vae.config.factor == 0 for side in init.size),
                 f"init of {init.width}x{init.height}: sides must be multiples of {self.vae.config.factor}")
         pixels = to_pixels([init.convert("RGB")]).to(self.device, self.dtype)

@@ -230,7 +230,7 @@ def study(settings: Settings, judge: Judge, out: Path) -> None:
             folder = out / f"{name}-{arm.replace(' ', '-')}"
             factors = STEP_FACTORS if arm == "the recipe" else (1,)
             run("train.py", "--images", images, "--class", noun, "--weights", weights, "--out", folder,
-                "--class-dir", class_dir, "--steps", round(max(factors) * recipe.steps), "--keep", 100,
+                "--class-dir", class_dir, "--steps", round(max(factors) * recipe.steps), "--keep", 8,
                 "--save-every", round(min(factors) * recipe.steps), *options,
                 *(["--resume"] if (folder / "config.json").exists() else []))
             for factor in sorted(factors, key=lambda factor: factor == 1):  # the arm itself last, when all is done

@@ -29,7 +29,7 @@ import tinydb
 from tinydb.config import InputError, Parser, option, require
 from tinydb.data import open_picture
 from tinydb.pictures import describe, grid, heat_map, read_description, save_png
-from tinydb.pipeline import StableDiffusion, choose_device
+from tinydb.pipeline import StableDiffusion, choose_device, is_out_of_memory, steps_left
 from tinydb.tokenizer import PLACEHOLDER
 from tinydb.unet import AttentionMaps
 from tinydb.weights import written_whole
@@ -228,7 +228,7 @@ def draw(sd: StableDiffusion, prompt: str, settings: Settings,
         init = picture_to_draw_over(Path(settings.init), size or (sd.resolution, sd.resolution))
     images, maps = [], []
     groups = [range(i, min(i + GROUP, count)) for i in range(0, count, GROUP)]
-    steps_each = max(1, int(steps * settings.strength)) if init else steps
+    steps_each = steps_left(steps, settings.strength) if init else steps
     with tqdm(total=steps_each * len(groups), desc="drawing", unit="step") as progress:
         for group in groups:
             with AttentionMaps(sd.unet, len(group)) if settings.attention else nullcontext() as watched:
@@ -311,6 +311,6 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         parser.exit(130, "\n")
     except RuntimeError as error:
-        if "out of memory" not in str(error) and "allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         parser.exit(1, f"{parser.prog}: {str(error).splitlines()[0]}. Try --precision bf16 or a smaller --size\n")

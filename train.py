@@ -50,7 +50,7 @@ from tinydb.config import InputError, Parser, Recipe, option, read_json, require
 from tinydb.data import Draw, Latents, draw_step, fit, open_picture, read_pictures
 from tinydb.layers import ResnetBlock2D
 from tinydb.pictures import describe, grid, save_png
-from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, choose_device
+from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, choose_device, is_out_of_memory
 from tinydb.report import write_report
 from tinydb.tokenizer import PLACEHOLDER
 from tinydb.unet import Transformer2DModel
@@ -700,7 +700,7 @@ if __name__ == "__main__":
         parser.exit(1, f"{parser.prog}: {error}; once that is mended, --resume goes on\n")
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        if "out of memory" in reason or "allocate memory" in reason:
+        if is_out_of_memory(error):
             parser.exit(1, f"{parser.prog}: {reason}. Try, in this order: --checkpointing (hardly any activations), "
                            "--batch 1 with more --accumulate, --freeze-text (no gradients and moments of the text "
                            "encoder); the plan above has the sizes\n")

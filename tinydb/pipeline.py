@@ -138,8 +138,7 @@ class StableDiffusion:
         """Where drawing over a picture begins (SDEdit, arXiv 2108.01073): how many steps to skip so that `strength` of
         all `steps` are left, and the latents of `init` with the noise of the next one, one for each generator."""
         timesteps = sampler_timesteps(self.schedule, steps, sampler)
-        require(0 < strength <= 1, f"strength {strength}: expected more than 0, at most 1")
-        left = max(1, int(steps * strength))
+        skip = steps - steps_left(steps, strength)
         require(all(side % self.vae.config.factor == 0 for side in init.size),
                 f"init of {init.width}x{init.height}: sides must be multiples of {self.vae.config.factor}")
         pixels = to_pixels([init.convert("RGB")]).to(self.device, self.dtype)
@@ -147,7 +146,6 @@ class StableDiffusion:
         drawn = [(mean + std * torch.randn(mean.shape, generator=generator),
                   torch.randn(mean.shape, generator=generator)) for generator in generators]
         clean, noise = (torch.cat(parts) for parts in zip(*drawn))
-        skip = steps - left
         return skip, self.schedule.add_noise(clean, noise, torch.full((len(clean),), timesteps[skip]))
 
     @torch.inference_mode()
@@ -233,6 +231,17 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     tokenizer = CLIPTokenizer.read(folder / "tokenizer")
     info = ModelInfo.read(folder / "tinydb.json")
     return StableDiffusion(*models, tokenizer, schedule, info).to(device)
+
+
+def steps_left(steps: int, strength: float) -> int:
+    """How many of `steps` sampling steps draw over a picture: the last `strength` of them, one at the least."""
+    require(0 < strength <= 1, f"strength {strength}: expected more than 0, at most 1")
+    return max(1, int(steps * strength))
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the CPU, had no memory left; PyTorch has no one class for that."""
+    return "out of memory" in str(error) or "allocate memory" in str(error)
 
 
 def choose_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]:

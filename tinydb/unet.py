@@ -86,33 +86,26 @@ class BasicTransformerBlock(nn.Module):
 
 
 class Transformer2DModel(nn.Module):
-    """A transformer block over the pixels of a feature map. SD 1.x projects with 1x1 convolutions, SD 2.x with
-    linear layers: the same product, stored in another shape."""
+    """A transformer block over the pixels of a feature map. SD 1.x stores its projections as 1x1 convolutions, SD 2.x as
+    linear layers: the same product, and as a matrix product it is the faster one."""
 
     def __init__(self, channels: int, heads: int, config: UNetConfig):
         super().__init__()
-        self.linear = config.use_linear_projection
         self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)  # 1e-5 everywhere else in the UNet
-        self.proj_in = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in, self.proj_out = (
+            nn.Linear(channels, channels) if config.use_linear_projection else nn.Conv2d(channels, channels, 1)
+            for _ in range(2))
         self.transformer_blocks = nn.ModuleList(
             [BasicTransformerBlock(channels, config.cross_attention_dim, heads, config.upcast_attention)])
-        self.proj_out = nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, text_embeds: Tensor) -> Tensor:
         """x (B, C, H, W), text_embeds (B, T, C_text) -> (B, C, H, W)."""
-        height, width = x.shape[-2:]
-        h = self.norm(x)
-        if self.linear:
-            h = self.proj_in(h.flatten(2).transpose(1, 2))  # (B, H * W, C)
-        else:
-            h = self.proj_in(h).flatten(2).transpose(1, 2)  # (B, H * W, C)
+        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, H * W, C)
+        h = F.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
         for block in self.transformer_blocks:
             h = block(h, text_embeds)
-        if self.linear:
-            h = self.proj_out(h).transpose(1, 2).unflatten(2, (height, width))  # (B, C, H, W)
-        else:
-            h = self.proj_out(h.transpose(1, 2).unflatten(2, (height, width)))  # (B, C, H, W)
-        return x + h
+        h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
+        return x + h.transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
 class DownBlock(nn.Module):

@@ -9,7 +9,7 @@ big and round, nothing is thinner than two of 64 pixels, and the caption decides
 secondary colours follow from the main one, and scenery keeps to its positions but for a slight jitter.
 
 Some (noun, colour) and (noun, place) pairs are held out of pretraining, to measure composition afterwards.
-The SUBJECTS are particular dogs, cats, ... in colours and markings that no caption names and no scene shows:
+The SUBJECTS are particular dogs, cats, ... in colours, some in markings, that no caption names and no scene shows:
 what DreamBooth is there to teach.
 
     python weights/world.py                      # rewrite weights/subjects/<name>/0.png ... 4.png

@@ -25,7 +25,7 @@ from threading import Event, Thread
 
 import torch
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
 from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
@@ -372,7 +372,7 @@ def download(repo: str, files: list[str] | None = None) -> Path:
     except GatedRepoError:
         raise InputError(f"{repo}: a gated model; accept its terms on https://huggingface.co/{repo}, then "
                          "`hf auth login` and run this again") from None
-    except RepositoryNotFoundError:
+    except (HFValidationError, RepositoryNotFoundError):
         raise InputError(f"{repo}: no such file or folder here, and no such model on the hub, or a private one (then "
                          "`hf auth login` first)") from None
     except (HTTPError, OSError) as error:
@@ -386,7 +386,8 @@ def needed_files(repo: str, present: list[str]) -> list[str]:
                                            "download its checkpoint and convert that file")
     files = [name for name in present if re.fullmatch(r"(model_index|tinydb)\.json|(tokenizer|scheduler)/.+", name)]
     for part in PARTS:
-        name = weight_file(part, {name.removeprefix(f"{part}/") for name in present}) or WEIGHT_FILES[part]
+        own = {name.removeprefix(f"{part}/") for name in present if name.startswith(f"{part}/")}
+        name = weight_file(part, own) or WEIGHT_FILES[part]
         files += [f"{part}/config.json", f"{part}/{name}"]
         if name.endswith(".json"):  # an index; its shards are named like it
             stem, suffix = name.split(".")[:2]
@@ -469,3 +470,5 @@ if __name__ == "__main__":
         main(Settings(**vars(parser.parse_args())))
     except InputError as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "\n")

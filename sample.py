@@ -146,9 +146,14 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def is_file_name(out: Path) -> bool:
+    """Whether --out names a picture rather than a folder of them."""
+    return out.suffix.lower() == ".png"
+
+
 def output_paths(out: Path, prompt: str, count: int) -> tuple[list[Path], Path]:
     """Where `count` pictures and their grid go: files with the next free numbers in a folder, or the .png named."""
-    if out.suffix == ".png":
+    if is_file_name(out):
         singles = [out] if count == 1 else [out.with_name(f"{out.stem}-{i}.png") for i in range(count)]
         return singles, out
     name = re.sub(r"\W+", "-", prompt.replace(PLACEHOLDER, "V")).strip("-")[:60]
@@ -183,10 +188,10 @@ def check(settings: Settings) -> None:
     out = Path(settings.out)
     require(out.suffix.lower() not in (".jpg", ".jpeg", ".webp"),
             f"--out {out}: pictures are PNG files, which keep how they were made; expected a folder or a name.png")
-    folder = out.absolute().parent if out.suffix == ".png" else out.absolute()
+    folder = out.absolute().parent if is_file_name(out) else out.absolute()
     home = next(parent for parent in (folder, *folder.parents) if parent.exists())
     require(home.is_dir() and os.access(home, os.W_OK), f"--out {out}: {home} is no folder to write in")
-    require(not (out.suffix == ".png" and out.is_dir()), f"--out {out}: a folder; expected the name of a file")
+    require(not (is_file_name(out) and out.is_dir()), f"--out {out}: a folder; expected the name of a file")
 
 
 def advise(sd: StableDiffusion, weights: Path, prompt: str, negative: str) -> None:
@@ -206,9 +211,10 @@ def advise(sd: StableDiffusion, weights: Path, prompt: str, negative: str) -> No
 
 def picture_to_draw_over(path: Path, size: tuple[int, int]) -> Image.Image:
     """The picture of --init, cut to the shape of what is drawn."""
+    require(path.is_file(), f"--init {path}: no such file; expected a picture")
     try:
         return ImageOps.fit(open_picture(path), size, Image.Resampling.LANCZOS)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"--init {path}: {error}; expected a picture") from None
 
 
@@ -250,7 +256,7 @@ def draw_and_save(sd: StableDiffusion, weights: Path, prompt: str, settings: Set
     recipe, out = sd.info.recipe, Path(settings.out)
     settings = replace(settings, steps=recipe.sample_steps if settings.steps is None else settings.steps,
                        guidance=recipe.guidance if settings.guidance is None else settings.guidance)
-    preview = out.with_name(f"{out.stem}-preview.png") if out.suffix == ".png" else out / "preview.png"
+    preview = out.with_name(f"{out.stem}-preview.png") if is_file_name(out) else out / "preview.png"
     images, maps = draw(sd, prompt, settings, preview)
 
     paths, grid_path = output_paths(out, prompt, settings.count)
@@ -276,7 +282,7 @@ def main(jobs: list[tuple[str, Settings]]) -> None:
     """Draw each prompt; a few of them also on one sheet, a row each."""
     for _, settings in jobs:
         check(settings)
-    files = [settings.out for _, settings in jobs if settings.out.endswith(".png")]
+    files = [settings.out for _, settings in jobs if is_file_name(Path(settings.out))]
     require(len(files) == len(set(files)),
             f"--out {', '.join(files[:1])}: several prompts do not fit into one file; name a folder")
     newest, opened, rows = newest_model(), None, []

@@ -51,7 +51,7 @@ from tinydb.data import Draw, Latents, draw_step, fit, open_picture, read_pictur
 from tinydb.layers import ResnetBlock2D
 from tinydb.pictures import describe, grid, save_png
 from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, choose_device, is_out_of_memory
-from tinydb.report import write_report
+from tinydb.report import sample_command, write_report
 from tinydb.tokenizer import PLACEHOLDER
 from tinydb.unet import Transformer2DModel
 from tinydb.weights import WEIGHT_FILES, canonical_names, read_tensors, remove, save_tensors, written_whole
@@ -213,7 +213,7 @@ def usable(path: Path) -> bool:
     """Whether a file is a whole picture, and not of one flat colour: some models black out what they censor."""
     try:
         return any(high - low >= 16 for low, high in open_picture(path).getextrema())
-    except (FileNotFoundError, ValueError):
+    except ValueError:
         return False
 
 
@@ -235,7 +235,7 @@ def make_class_images(sd: StableDiffusion, prompt: str, paths: list[Path], weigh
         if stop.asked:
             break
         for attempt in range(5):  # a flat picture gets another seed
-            seeds = [seed + i + attempt * 2**32 for i in group]
+            seeds = [(seed + i + attempt * 2**20) % 2**32 for i in group]  # torch knows no more than 32 bits
             images = sd.generate([prompt] * len(group), steps=recipe.class_steps, guidance_scale=recipe.class_guidance,
                                  latents=sd.initial_latents([torch.Generator().manual_seed(s) for s in seeds]))
             for i, image, image_seed in zip(group, images, seeds):
@@ -350,6 +350,8 @@ def claim(out: Path, settings: Settings, run: dict[str, object]) -> None:
         done = max(map(step_of, saved_checkpoints(out)), default=0)
         require(done <= settings.steps,
                 f"--steps {settings.steps}: the run in {out} is at step {done} already; give more")
+        require(done > 0 or not (out / "model").exists(),
+                f"--resume: the run in {out} is finished and kept no checkpoint to go on from; give another --out")
     else:
         started = (out / "model").exists() or saved_checkpoints(out)
         foreign = out.exists() and not config.exists() and any(p for p in out.glob("*") if not p.name.startswith("."))
@@ -402,7 +404,8 @@ def check_disk(sd: StableDiffusion, settings: Settings, out: Path) -> None:
     """Refuse to start what the disk cannot hold: a checkpoint is the weights and two moments of each, in fp32."""
     size = 12 * sum(p.numel() for model in (sd.unet, sd.text_encoder) for p in model.parameters())
     checkpoints = settings.keep + 2 if settings.save_every else 1  # the best one, and one under way
-    there = sum(path.stat().st_size for path in (out / "checkpoints").glob("*/*.safetensors"))
+    there = sum(path.stat().st_size for path in (out / "checkpoints").rglob("*.safetensors")
+                if path.parent.name != "vae")  # a link to the one in --weights
     needed = checkpoints * size + size // 3 - there
     home = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     free = shutil.disk_usage(home).free
@@ -525,7 +528,10 @@ def main(settings: Settings) -> None:
     digest = hashlib.sha256()
     for image in (*instance_pictures.values(), *own_pictures.values()):
         digest.update(image.tobytes())
+    instance_prompt = f"a photo of {settings.identifier} {settings.class_noun}"
     class_prompt = a_photo_of(settings.class_noun)
+    remarks += [f"{prompt!r} is too long for the text encoder, which will not see: {dropped!r}"
+                for prompt in (instance_prompt, class_prompt) if (dropped := sd.tokenizer.dropped(prompt))]
     key = class_images_key(sd, class_prompt, settings.seed, weights)
     if rank == 0:
         check_disk(sd, settings, out)
@@ -543,7 +549,6 @@ def main(settings: Settings) -> None:
     stop = StopSignal(rank)
 
     # The class pictures: what the model now draws for the class, to hold it to that.
-    instance_prompt = f"a photo of {settings.identifier} {settings.class_noun}"
     prompts, image_sets = [instance_prompt], [list(instance_pictures.values())]
     if settings.prior_weight > 0:
         class_images = list(own_pictures.values())[: settings.class_images]
@@ -670,12 +675,12 @@ def main(settings: Settings) -> None:
         sd.info = replace(sd.info, step=state["step"])
         sd.save(out / "model", vae_from=weights)
         refresh_report(out)
-        command = f'python sample.py "{PLACEHOLDER} {settings.class_noun} on the moon" --weights'
         print(f"\n{out / 'model'} knows your {settings.class_noun} as {PLACEHOLDER}. Try:\n\n"
-              f"    {command} {out / 'model'}\n")
+              f"    {sample_command(out / 'model', settings.class_noun)}\n")
         if state["best_step"] not in (None, state["step"]):
-            print(f"The validation loss was lowest at step {state['best_step']}:\n\n    {command} "
-                  f"{checkpoint_path(out, state['best_step'])}\n")
+            best = checkpoint_path(out, state["best_step"])
+            print(f"The validation loss was lowest at step {state['best_step']}:\n\n"
+                  f"    {sample_command(best, settings.class_noun)}\n")
     if world_size > 1:
         dist.destroy_process_group()
 
@@ -687,6 +692,8 @@ if __name__ == "__main__":
         arguments = parser.parse_args()
         if arguments.config:
             entries = read_config_file(Path(arguments.config))
+            if arguments.freeze_text:  # overrides the learning rate of a text encoder that learns
+                entries.pop("lr_text", None)
             arguments = parser.parse_args(parser.arguments(entries, f"--config {arguments.config}") + sys.argv[1:])
         main(Settings(**vars(arguments)))
     except InputError as error:

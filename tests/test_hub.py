@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+import torch
 from conftest import edit_tensors
 from safetensors.torch import load_file
 
@@ -106,7 +107,7 @@ def hub(pairs, tmp_path) -> Hub:
     folder = Path(shutil.copytree(pairs("sd1").folder, tmp_path / "hub" / "model"))
     for name in ("v1-5-pruned.ckpt", "v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.bin",
                  "unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors",
-                 "vae/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin",
+                 "vae/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin", "model.safetensors",
                  "safety_checker/model.safetensors"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"another copy")
@@ -157,6 +158,15 @@ def test_download(hub, convert, pairs, tmp_path):
     tinydb.load(tmp_path / "second")
 
 
+def test_weights_beside_the_folders_are_not_those_of_a_part(hub, convert):
+    """Some repositories have a single file of all parts under the name of the text encoder's."""
+    folder = hub.repositories["me/model"]
+    tensors = load_file(folder / "text_encoder" / "model.safetensors")
+    torch.save(tensors, folder / "text_encoder" / "pytorch_model.bin")
+    (folder / "text_encoder" / "model.safetensors").unlink()
+    assert convert("me/model", "out").returncode == 0
+
+
 def test_interrupted_download_continues(hub, convert, tmp_path):
     """Finished files are not fetched again after a run that failed in the middle of one."""
     hub.closed = {VAE: (403, "")}
@@ -171,7 +181,7 @@ def test_interrupted_download_continues(hub, convert, tmp_path):
 
 
 @pytest.mark.parametrize("repo, closed, reason", [
-    ("me/missing", None, "no such model on the hub"),
+    ("me/missing", None, "no such model on the hub"), ("../typo", None, "no such file or folder here"),
     ("me/private", (401, "RepoNotFound"), "hf auth login"),
     ("me/gated", (403, "GatedRepo"), "accept its terms on https://huggingface.co/me/gated"),
     ("me/lora", None, "without model_index.json"),

@@ -222,6 +222,14 @@ def test_other_number_of_processes_is_refused(begun, nano, photos, tmp_path, tea
     assert "'world_size': 2" in text and "'world_size': 1" in text
 
 
+def test_finished_run_without_checkpoints_is_refused(teach, tmp_path):
+    """Rather than taught anew from the beginning."""
+    out = teach(tmp_path / "out", steps=2, save_every=0)
+    before = files(out)
+    assert "kept no checkpoint" in refusal(teach, out, steps=4, save_every=0, resume=True)
+    assert files(out) == before
+
+
 def test_steps_below_those_done_are_refused(teach, begun):
     assert "--steps 1" in refusal(teach, begun, save_every=2, steps=1, resume=True)
 

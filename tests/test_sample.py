@@ -109,6 +109,8 @@ def test_folder_is_numbered_on(draw, tmp_path):
 
 def test_out_may_name_the_picture(draw, tmp_path):
     assert list(draw("a cat", out=str(tmp_path / "new" / "cat.png"))) == ["new/cat.png"]
+    draw("a cat", out=str(tmp_path / "CAT.PNG"))
+    assert (tmp_path / "CAT.PNG").is_file()
 
 
 def test_out_that_names_a_picture_names_the_grid_of_several(draw, tmp_path):
@@ -380,7 +382,7 @@ def test_warns_of_what_is_lost_once_the_placeholder_is_spelled_out(draw, nano, t
     (["--strength", "nan"], ["--strength nan"]), (["--strength", "1.1"], ["--strength 1.1"]),
     (["--init", "picture.png", "--steps", "0"], ["steps 0"]), (["--out", "cat.jpg"], ["cat.jpg", "PNG"]),
     (["--eta", "1", "--sampler", "dpm"], ["--eta 1.0", "--sampler ddim"]), (["--sampler", "plms"], ["plms", "dpm"]),
-    (["--init", "nowhere.png"], ["--init nowhere.png"]), (["--init", "file"], ["--init file", "not a picture"]),
+    (["--init", "nowhere.png"], ["--init nowhere.png", "no such file"]), (["--init", "file"], ["--init file", "not a picture"]),
     (["--size", "16"], ["--size 16", "WIDTHxHEIGHT"]), (["--size", "axb"], ["--size axb"]),
     (["--size", "15x16"], ["15x16", "multiples of 2"]), (["--size", "0x16"], ["0x16"]),
     (["--weights", "nowhere"], ["nowhere: no such folder"]), (["--weights", "."], ["model_index.json"]),

@@ -286,7 +286,7 @@ class Parser(argparse.ArgumentParser):
         for f in fields(settings):
             argument = dict(f.metadata)
             flag = argument.pop("flag", "--" + f.name.replace("_", "-"))
-            if f.default not in (MISSING, None, "", False):
+            if f.default not in (MISSING, None, "") and f.type is not bool:
                 argument["help"] += " (default: %(default)s)"
             if f.default is MISSING:
                 self.add_argument(f.name, **argument)

@@ -108,6 +108,11 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
+def sample_command(weights: Path, class_noun: str) -> str:
+    """The line for a shell that draws the subject with a model folder."""
+    return f'python sample.py "{PLACEHOLDER} {class_noun} on the moon" --weights {quote(weights.as_posix())}'
+
+
 def command(out: Path, class_noun: str, finished: bool) -> str:
     """How to sample from the result or, as long as there is none, from the newest checkpoint."""
     saved = [out / "model"] if finished else sorted((out / "checkpoints").glob("step-*"))
@@ -116,8 +121,7 @@ def command(out: Path, class_noun: str, finished: bool) -> str:
     path, remark = saved[-1], ""
     if out.is_absolute():
         path, remark = "OUT" / path.relative_to(out), '<p class="note">OUT is the folder of this page.</p>'
-    line = f'python sample.py "{PLACEHOLDER} {class_noun} on the moon" --weights {quote(path.as_posix())}'
-    return f"<code>{escape(line)}</code>{remark}"
+    return f"<code>{escape(sample_command(path, class_noun))}</code>{remark}"
 
 
 def picture(path: Path, alt: str) -> str:

@@ -77,7 +77,7 @@ class CLIPTokenizer:
                 merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
         except (OSError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise InputError(f"{folder}: not a CLIP tokenizer ({error}); expected vocab.json and merges.txt") from None
-        return cls(vocab, merges, pad, min(settings.get("model_max_length", 77), 77))
+        return cls(vocab, merges, pad, min(settings.get("model_max_length") or 77, 77))
 
     def save(self, folder: Path) -> None:
         """Write vocab.json, merges.txt and the two files of settings, as Stable Diffusion folders carry them."""

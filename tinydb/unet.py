@@ -86,8 +86,8 @@ class BasicTransformerBlock(nn.Module):
 
 
 class Transformer2DModel(nn.Module):
-    """A transformer block over the pixels of a feature map. SD 1.x stores its projections as 1x1 convolutions, SD 2.x as
-    linear layers: the same product, and as a matrix product it is the faster one."""
+    """A transformer block over the pixels of a feature map. SD 1.x stores its projections as 1x1 convolutions, SD 2.x
+    as linear layers: the same product, and it is faster as a matrix product."""
 
     def __init__(self, channels: int, heads: int, config: UNetConfig):
         super().__init__()

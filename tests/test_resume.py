@@ -144,6 +144,7 @@ def test_without_a_checkpoint_it_starts_at_step_0(teach, tmp_path):
     whole = teach(tmp_path / "whole", save_every=2)
     out = Path(shutil.copytree(whole, tmp_path / "out"))
     shutil.rmtree(out / "checkpoints")
+    shutil.rmtree(out / "model")
     teach(out, save_every=2, resume=True)
     assert_same_result(out, whole)
 

@@ -463,12 +463,12 @@ def test_disk_that_was_enough_to_start_is_enough_to_resume(teach, nano, tmp_path
     def suffices(free: int) -> bool:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
         try:
-            train.check_disk(tinydb.load(nano), Settings(), out)
+            train.check_disk(sd, Settings(), out)
         except InputError:
             return False
         return True
 
-    out = tmp_path / "out"
+    sd, out = tinydb.load(nano), tmp_path / "out"
     free = next(free for free in range(0, 2**30, 10_000) if suffices(free))
     teach(out, steps=2, save_every=1)
     taken = [path.stat().st_size for path in (out / "checkpoints").rglob("*.safetensors") if path.parent.name != "vae"]

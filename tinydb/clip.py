@@ -20,8 +20,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, T, C / heads)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, T, C / heads)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
@@ -57,6 +57,12 @@ class EncoderLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
+def empty_embedding(count: int, channels: int) -> nn.Embedding:
+    """A table of `count` vectors to be filled from a file: drawing them at random would cost two seconds at the start
+    of every program, for nothing."""
+    return nn.Embedding.from_pretrained(torch.empty(count, channels), freeze=False)
+
+
 class CLIPTextModel(nn.Module):
     """Token ids to one embedding per token. Padding is not masked: Stable Diffusion was trained like that."""
 
@@ -65,8 +71,8 @@ class CLIPTextModel(nn.Module):
         self.config = config
         self.text_model = nn.ModuleDict({
             "embeddings": nn.ModuleDict({
-                "token_embedding": nn.Embedding(config.vocab_size, config.hidden_size),
-                "position_embedding": nn.Embedding(config.max_position_embeddings, config.hidden_size),
+                "token_embedding": empty_embedding(config.vocab_size, config.hidden_size),
+                "position_embedding": empty_embedding(config.max_position_embeddings, config.hidden_size),
             }),
             "encoder": nn.ModuleDict({
                 "layers": nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers)),

@@ -1,14 +1,14 @@
 """What a model folder says about itself, as frozen dataclasses that mirror its `config.json` files.
 
-The defaults are those of diffusers and transformers, so a file that lists only what differs from them means the same
-here. What this code cannot build (SDXL, inpainting, an unknown activation) is refused by name when the file is read,
-never built approximately.
+A field declares its default and its bounds in one place, and every value is checked against them once, wherever it
+comes from: a config file, a command line, a call from Python. The defaults are those of diffusers and transformers,
+so a file that lists only what differs from them means the same here. What this code cannot build (SDXL, inpainting,
+an unknown activation) is refused by name when the file is read.
 """
 
-import argparse
-import difflib
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
+import math
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, get_args, get_origin
@@ -30,10 +30,9 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a model folder has one (see convert_weights.py)") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error}); copy or convert the folder again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}, expected an object of settings")
+    require(isinstance(content, dict), f"{path}: holds a {type(content).__name__}, expected an object of settings")
     return content
 
 
@@ -42,15 +41,49 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def plain_types(annotation: Any) -> tuple[type, ...]:
-    """What isinstance takes for a field's annotation: int | tuple[int, ...] -> (int, tuple)."""
-    alternatives = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-    kinds = tuple(get_origin(kind) or kind for kind in alternatives)
-    return (*kinds, int) if float in kinds else kinds  # JSON writes 1.0 as 1
+def setting(default: Any, **declared: Any) -> Any:
+    """A dataclass field with bounds: `least`, `above`, `most`, `choices`. `cli.option` declares more of an option."""
+    return field(default=default, metadata=declared)
+
+
+def label(f: Field) -> str:
+    """How a message names a field: by its flag where it is a command-line option, else by its name."""
+    return f.metadata.get("flag") or ("--" + f.name.replace("_", "-") if "help" in f.metadata else f.name)
+
+
+def check_field(f: Field, value: Any) -> None:
+    """InputError where `value` is not of its field's type, or it or an item of it is out of the field's bounds."""
+    alternatives = get_args(f.type) if isinstance(f.type, UnionType) else (f.type,)
+    kinds = [get_origin(kind) or kind for kind in alternatives]
+    if value is None and type(None) in kinds:
+        return
+    right_type = isinstance(value, (*kinds, int) if float in kinds else tuple(kinds))  # JSON writes 1.0 as 1
+    require(right_type and (bool in kinds or not isinstance(value, bool)),
+            f"{label(f)} {value!r}: expected {' or '.join(kind.__name__ for kind in kinds if kind is not type(None))}")
+
+    least, above, most = (f.metadata.get(name, limit) for name, limit in
+                          (("least", -math.inf), ("above", -math.inf), ("most", math.inf)))
+    bounds = [f"{least} or more"] * math.isfinite(least) + [f"more than {above}"] * math.isfinite(above)
+    bounds += [f"at most {most}"] * math.isfinite(most)
+    choices = f.metadata.get("choices")
+    for item in value if isinstance(value, tuple) else [value]:
+        if type(item) in (int, float):
+            require(math.isfinite(item) and least <= item <= most and (item > above or above == -math.inf),
+                    f"{label(f)} {value}: expected {' and '.join(bounds) or 'a finite number'}")
+        require(not choices or item in choices, f"{label(f)} {value!r}: expected {' or '.join(choices or ())}")
 
 
 @dataclass(frozen=True)
-class PartConfig:
+class Checked:
+    """A dataclass whose values are checked against its fields' declarations when it is made."""
+
+    def __post_init__(self):
+        for f in fields(self):
+            check_field(f, getattr(self, f.name))
+
+
+@dataclass(frozen=True)
+class PartConfig(Checked):
     """One part's `config.json`: the fields that decide what is built, and those of which we build one value only."""
 
     FIXED: ClassVar[dict[str, Any]] = {}  # key -> the one value that this code builds
@@ -65,29 +98,22 @@ class PartConfig:
     @classmethod
     def from_dict(cls, entries: dict[str, Any], source: str):
         """Build from the entries of a config file; `source` names it in errors."""
-        if entries.get("addition_embed_type") is not None:
-            raise InputError(f"{source}: an SDXL model (addition_embed_type); this is for Stable Diffusion 1.x and 2.x")
+        require(entries.get("addition_embed_type") is None,
+                f"{source}: an SDXL model (addition_embed_type); this is for Stable Diffusion 1.x and 2.x")
         names = {f.name for f in fields(cls)}
         for key, value in entries.items():
             if key in cls.FIXED:
-                supported = value == cls.FIXED[key]
+                require(value == cls.FIXED[key], f"{source}: {key} = {value!r} is not supported (only "
+                                                 f"{cls.FIXED[key]!r}); use SD 1.x or 2.x")
             else:
-                supported = (key in names or key in cls.HEADER or not cls.CLOSED or key.startswith("_")
-                             or value is None or value is False)
-            if not supported:
-                expected = f"only {cls.FIXED[key]!r}" if key in cls.FIXED else "no such setting"
-                raise InputError(f"{source}: {key} = {value!r} is not supported ({expected}); use SD 1.x or 2.x")
-        chosen = {}
-        for f in fields(cls):
-            value = entries.get(f.name)
-            value = tuple(value) if isinstance(value, list) else value
-            if value is not None:
-                require(isinstance(value, plain_types(f.type)),
-                        f"{source}: {f.name} = {entries[f.name]!r} is not supported; use an SD 1.x or 2.x model")
-                chosen[f.name] = value
+                known = key in names or key in cls.HEADER or key.startswith("_") or not cls.CLOSED
+                require(known or value is None or value is False,
+                        f"{source}: {key} = {value!r} is not supported (no such setting); use SD 1.x or 2.x")
+        chosen = {name: tuple(entries[name]) if isinstance(entries[name], list) else entries[name]
+                  for name in names if entries.get(name) is not None}
         try:
             return cls(**chosen)
-        except (InputError, ZeroDivisionError) as error:
+        except InputError as error:
             raise InputError(f"{source}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,14 +125,14 @@ class PartConfig:
 class TextConfig(PartConfig):
     """CLIP text encoder, `text_encoder/config.json`. SD 1.x: 12 layers of 768, quick_gelu; SD 2.x: 23 of 1024, gelu."""
 
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
+    vocab_size: int = setting(49408, least=1, most=10**6)
+    hidden_size: int = setting(512, least=1, most=10**4)
+    intermediate_size: int = setting(2048, least=1, most=10**5)
+    num_hidden_layers: int = setting(12, least=1, most=100)
+    num_attention_heads: int = setting(8, least=1, most=1000)
+    max_position_embeddings: int = setting(77, least=2, most=10**4)
+    hidden_act: str = setting("quick_gelu", choices=("quick_gelu", "gelu"))
+    layer_norm_eps: float = setting(1e-5, above=0, most=1)
     bos_token_id: int = 49406
     eos_token_id: int = 49407
     pad_token_id: int = 1
@@ -116,8 +142,7 @@ class TextConfig(PartConfig):
     HEADER = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float32"}
 
     def __post_init__(self):
-        require(self.hidden_act in ("quick_gelu", "gelu"),
-                f"hidden_act = {self.hidden_act!r} is not supported; CLIP text encoders use 'quick_gelu' or 'gelu'")
+        super().__post_init__()
         require(self.hidden_size % self.num_attention_heads == 0,
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}")
 
@@ -126,19 +151,21 @@ class TextConfig(PartConfig):
 class UNetConfig(PartConfig):
     """UNet, `unet/config.json`. `attention_head_dim` is the NUMBER of heads (a misnomer that diffusers keeps)."""
 
-    sample_size: int = 64
-    in_channels: int = 4
-    out_channels: int = 4
-    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int = 2
-    cross_attention_dim: int = 1280
-    attention_head_dim: int | tuple[int, ...] = 8
+    sample_size: int = setting(64, least=1, most=1024)
+    in_channels: int = setting(4, least=1, most=1024)
+    out_channels: int = setting(4, least=1, most=1024)
+    down_block_types: tuple[str, ...] = setting(("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+                                                choices=("CrossAttnDownBlock2D", "DownBlock2D"))
+    up_block_types: tuple[str, ...] = setting(("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+                                              choices=("CrossAttnUpBlock2D", "UpBlock2D"))
+    block_out_channels: tuple[int, ...] = setting((320, 640, 1280, 1280), least=1, most=10**4)
+    layers_per_block: int = setting(2, least=1, most=10)
+    cross_attention_dim: int = setting(1280, least=1, most=10**4)
+    attention_head_dim: int | tuple[int, ...] = setting(8, least=1, most=1000)
     use_linear_projection: bool = False
     upcast_attention: bool = False
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
+    norm_num_groups: int = setting(32, least=1, most=1000)
+    norm_eps: float = setting(1e-5, above=0, most=1)
 
     HEADER = {"_class_name": "UNet2DConditionModel"}
     FIXED = {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_type": "UNetMidBlock2DCrossAttn",
@@ -148,17 +175,15 @@ class UNetConfig(PartConfig):
              "addition_embed_type_num_heads": 64}
 
     def __post_init__(self):
-        levels = len(self.block_out_channels)
+        super().__post_init__()
         require(self.in_channels == self.out_channels,
                 f"in_channels {self.in_channels} for out_channels {self.out_channels}: an inpainting or instruction "
                 "model; use the text-to-image model it was made from")
-        require(all(t in ("CrossAttnDownBlock2D", "DownBlock2D") for t in self.down_block_types),
-                f"down_block_types {self.down_block_types}: only CrossAttnDownBlock2D and DownBlock2D are supported")
-        require(all(t in ("CrossAttnUpBlock2D", "UpBlock2D") for t in self.up_block_types),
-                f"up_block_types {self.up_block_types}: only CrossAttnUpBlock2D and UpBlock2D are supported")
-        require(levels == len(self.down_block_types) == len(self.up_block_types) == len(self.heads),
-                f"{levels} block_out_channels for {len(self.down_block_types)} down and {len(self.up_block_types)} up "
-                f"block types and {len(self.heads)} head counts; expected as many of each")
+        levels = [len(each) for each in (self.block_out_channels, self.down_block_types, self.up_block_types,
+                                         self.heads)]
+        require(len(set(levels)) == 1 and 0 < levels[0] <= 10,
+                "block_out_channels, down_block_types, up_block_types and head counts are "
+                f"{', '.join(map(str, levels))}; expected as many of each, from 1 to 10")
         for channels, heads in zip(self.block_out_channels, self.heads):
             require(channels % heads == 0 and channels % self.norm_num_groups == 0,
                     f"{channels} channels are not divisible by {heads} heads and {self.norm_num_groups} groups")
@@ -174,25 +199,26 @@ class UNetConfig(PartConfig):
 class VAEConfig(PartConfig):
     """Autoencoder, `vae/config.json`."""
 
-    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
-    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    scaling_factor: float = 0.18215
-    sample_size: int = 32
+    down_block_types: tuple[str, ...] = setting(("DownEncoderBlock2D",), choices=("DownEncoderBlock2D",))
+    up_block_types: tuple[str, ...] = setting(("UpDecoderBlock2D",), choices=("UpDecoderBlock2D",))
+    block_out_channels: tuple[int, ...] = setting((64,), least=1, most=10**4)
+    layers_per_block: int = setting(1, least=1, most=10)
+    latent_channels: int = setting(4, least=1, most=1024)
+    norm_num_groups: int = setting(32, least=1, most=1000)
+    scaling_factor: float = setting(0.18215, above=0)
+    sample_size: int = setting(32, least=1, most=10**4)
 
-    HEADER = {"_class_name": "AutoencoderKL", "force_upcast": False}
+    HEADER = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "act_fn": "silu",
+              "force_upcast": False}
     FIXED = {"act_fn": "silu", "in_channels": 3, "out_channels": 3, "use_quant_conv": True,
              "use_post_quant_conv": True, "mid_block_add_attention": True}
 
     def __post_init__(self):
-        levels = len(self.block_out_channels)
-        require(self.down_block_types == ("DownEncoderBlock2D",) * levels
-                and self.up_block_types == ("UpDecoderBlock2D",) * levels,
-                f"{self.down_block_types} and {self.up_block_types} for {levels} block_out_channels: "
-                "only as many DownEncoderBlock2D and UpDecoderBlock2D are supported")
+        super().__post_init__()
+        levels = [len(each) for each in (self.block_out_channels, self.down_block_types, self.up_block_types)]
+        require(len(set(levels)) == 1 and 0 < levels[0] <= 10,
+                "block_out_channels, down_block_types and up_block_types are "
+                f"{', '.join(map(str, levels))}; expected as many of each, from 1 to 10")
         require(all(channels % self.norm_num_groups == 0 for channels in self.block_out_channels),
                 f"block_out_channels {self.block_out_channels} are not divisible by {self.norm_num_groups} groups")
 
@@ -206,44 +232,37 @@ class VAEConfig(PartConfig):
 class ScheduleConfig(PartConfig):
     """Noise schedule, `scheduler/scheduler_config.json`, of whatever class; always written as a DDIMScheduler."""
 
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
-    beta_schedule: str = "linear"
-    prediction_type: str = "epsilon"
+    num_train_timesteps: int = setting(1000, least=1, most=10**6)
+    beta_start: float = setting(0.0001, above=0, most=1)
+    beta_end: float = setting(0.02, above=0, most=1)
+    beta_schedule: str = setting("linear", choices=("linear", "scaled_linear"))
+    prediction_type: str = setting("epsilon", choices=("epsilon", "v_prediction"))
 
     CLOSED = False  # samplers have many settings of their own, and we bring our own sampler
     # diffusers' pipeline insists on steps_offset 1; the other three make its DDIM step the paper's
     HEADER = {"_class_name": "DDIMScheduler", "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
     FIXED = {"trained_betas": None, "rescale_betas_zero_snr": False}
 
-    def __post_init__(self):
-        require(self.num_train_timesteps > 0, f"num_train_timesteps {self.num_train_timesteps}: expected more than 0")
-        require(self.beta_schedule in ("linear", "scaled_linear"),
-                f"beta_schedule = {self.beta_schedule!r} is not supported; expected 'linear' or 'scaled_linear'")
-        require(self.prediction_type in ("epsilon", "v_prediction"),
-                f"prediction_type = {self.prediction_type!r} is not supported; expected 'epsilon' or 'v_prediction'")
-
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Checked):
     """What DreamBooth on a model should use unless told otherwise. The defaults are Stable Diffusion's
     (diffusers' examples/dreambooth/README.md, "Fine-tune text encoder with the UNet")."""
 
-    steps: int = 800
-    batch: int = 1
-    lr: float = 2e-6
-    lr_text: float = 2e-6  # of the text encoder
-    lr_freeze_text: float = 5e-6  # where the UNet learns alone
-    class_images: int = 200
-    class_steps: int = 50  # DDIM steps for a class image
+    steps: int = setting(800, least=1)
+    batch: int = setting(1, least=1)
+    lr: float = setting(2e-6, above=0)
+    lr_text: float = setting(2e-6, above=0)  # of the text encoder
+    lr_freeze_text: float = setting(5e-6, above=0)  # where the UNet learns alone
+    class_images: int = setting(200, least=1)
+    class_steps: int = setting(50, least=1)  # DDIM steps for a class image
     class_guidance: float = 7.5
-    sample_steps: int = 50
+    sample_steps: int = setting(50, least=1)
     guidance: float = 7.5
 
 
 @dataclass(frozen=True)
-class ModelInfo:
+class ModelInfo(Checked):
     """Our own `tinydb.json`: what the folder was taught, how to teach it more, and where it came from."""
 
     identifier: str | None = None  # the word that [V] stands for
@@ -254,64 +273,19 @@ class ModelInfo:
 
     @classmethod
     def read(cls, path: Path) -> "ModelInfo":
-        """Read `tinydb.json`; a folder without one (any other Stable Diffusion) has the defaults."""
-        if not path.exists():
-            return cls()
-        entries = read_json(path)
+        """Read `tinydb.json`. A folder without one (any other Stable Diffusion) has the defaults, and so has whatever
+        an older or a newer file does not say or says besides."""
+        entries = read_json(path) if path.exists() else {}
+        recipe = entries.get("recipe") or {}
+        require(isinstance(recipe, dict), f"{path}: recipe {recipe!r}: expected an object of settings")
+        names = {f.name for f in fields(Recipe)}
         try:
             return cls(entries.get("identifier"), entries.get("class"), entries.get("step"), entries.get("base") or {},
-                       Recipe(**(entries.get("recipe") or {})))
-        except TypeError as error:
-            raise InputError(f"{path}: recipe {error}; expected {', '.join(f.name for f in fields(Recipe))}") from None
+                       Recipe(**{name: value for name, value in recipe.items() if name in names}))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The entries of `tinydb.json`."""
         return {"identifier": self.identifier, "class": self.class_noun, "step": self.step, "base": self.base,
                 "recipe": asdict(self.recipe)}
-
-
-def option(default: Any, help: str, **argparse_settings: Any) -> Any:
-    """A dataclass field that is also a command-line option; `argparse_settings` go to `add_argument`."""
-    return field(default=default, metadata={"help": help, **argparse_settings})
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser made from a dataclass of `option` fields, so that each default is written once.
-
-    A field without a default is positional. Errors are one line on stderr and exit code 2.
-    """
-
-    def __init__(self, settings: type, description: str):
-        super().__init__(description=description, allow_abbrev=False)
-        for f in fields(settings):
-            argument = dict(f.metadata)
-            flag = argument.pop("flag", "--" + f.name.replace("_", "-"))
-            if f.default not in (MISSING, None, "") and f.type is not bool:
-                argument["help"] += " (default: %(default)s)"
-            if f.default is MISSING:
-                self.add_argument(f.name, **argument)
-            elif f.type is bool:
-                self.add_argument(flag, dest=f.name, action=argparse.BooleanOptionalAction, default=f.default,
-                                  **argument)
-            else:
-                self.add_argument(flag, dest=f.name, default=f.default, **argument)
-
-    def arguments(self, entries: dict[str, object], source: str) -> list[str]:
-        """Options by name, as a file has them -> the command line that says the same; `source` is for the error."""
-        actions = {action.dest: action for action in self._actions if action.option_strings and action.dest != "help"}
-        actions |= {action.option_strings[0].lstrip("-").replace("-", "_"): action for action in actions.values()}
-        arguments = []
-        for key, value in entries.items():
-            if key not in actions:
-                nearest = difflib.get_close_matches(key, actions, n=1, cutoff=0)[0]
-                raise InputError(f"{source}: no option {key!r}; the nearest is {nearest!r}")
-            on, *off = actions[key].option_strings
-            if isinstance(value, bool) and off:
-                arguments.append(on if value else off[0])
-            elif value is not None:
-                arguments.append(f"{on}={value}" if on.startswith("--") else f"{on}{value}")
-        return arguments
-
-    def error(self, message: str):
-        """Print one line, without the usage, and exit with code 2."""
-        self.exit(2, f"{self.prog}: {message}\n")

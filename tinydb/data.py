@@ -1,5 +1,7 @@
 """Photographs to latents, and everything that is random in a training step."""
 
+import hashlib
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +53,14 @@ def read_pictures(folder: Path, size: int) -> tuple[dict[str, Image.Image], list
     return pictures, remarks
 
 
+def pictures_digest(images: Iterable[Image.Image]) -> str:
+    """A short name for what pictures show."""
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(image.tobytes())
+    return digest.hexdigest()[:12]
+
+
 def fit(image: Image.Image, size: int) -> Image.Image:
     """The centre square of `image`, `size` pixels wide. No mirroring anywhere: faces and lettering have a side."""
     return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
@@ -58,7 +68,7 @@ def fit(image: Image.Image, size: int) -> Image.Image:
 
 @dataclass
 class Latents:
-    """What the VAE says of a set of pictures: a Gaussian for each, mean and std (N, C, h, w).
+    """What the VAE says of a set of pictures: a Gaussian for each, mean and std (pictures, C, h, w).
 
     The VAE is frozen and there is no random crop, so each picture is encoded once; a step still draws its latents
     from the Gaussian, as if it had been encoded afresh.
@@ -71,37 +81,52 @@ class Latents:
     @torch.inference_mode()
     def of(cls, images: Iterable[Image.Image], vae: AutoencoderKL, device: torch.device) -> "Latents":
         """Encode images of one size."""
-        parts = [vae.encode(part.to(device)) for part in to_pixels(images).split(ENCODE_BATCH)]
-        mean, std = (torch.cat([part[k].float().cpu() for part in parts]) for k in (0, 1))
+        encoded = [vae.encode(pixels.to(device)) for pixels in to_pixels(images).split(ENCODE_BATCH)]
+        mean = torch.cat([mean.float().cpu() for mean, _ in encoded])
+        std = torch.cat([std.float().cpu() for _, std in encoded])
         return cls(mean, std)
 
 
 @dataclass
-class Draw:
-    """The random part of one training step, for each set of pictures (S) and each of its examples (N):
-    latents (S, N, C, h, w), noise (S, N, C, h, w) and timesteps (S, N)."""
+class Batch:
+    """Everything random in one training step: N examples from each of S sets of pictures, instance and then class.
 
-    latents: Tensor
-    noise: Tensor
-    timesteps: Tensor
+    `pictures` says which picture of its set each example is, so that anything known of a picture can be looked up.
+    """
+
+    pictures: Tensor  # (S, N)
+    latents: Tensor  # (S, N, C, h, w)
+    noise: Tensor  # (S, N, C, h, w)
+    timesteps: Tensor  # (S, N)
+
+    def part(self, index: int, count: int) -> "Batch":
+        """Examples `index` * `count` to (`index` + 1) * `count` of every set: the share of one micro-step."""
+        examples = slice(index * count, (index + 1) * count)
+        return Batch(*(tensor[:, examples] for tensor in (self.pictures, self.latents, self.noise, self.timesteps)))
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device."""
+        return Batch(*(tensor.to(device) for tensor in (self.pictures, self.latents, self.noise, self.timesteps)))
 
 
-def draw_step(sets: list[Latents], count: int, num_timesteps: int, seed: int, step: int) -> Draw:
-    """`count` examples from each of `sets` (instance, then class), with their noise and timesteps.
+def random_batch(sets: list[Latents], count: int, num_timesteps: int, seed: int, step: int) -> Batch:
+    """`count` examples from each of `sets`, with their noise and timesteps.
 
     Everything comes from one CPU generator that depends on seed and step alone: a resumed run, and any split of the
     examples over processes and micro-steps, sees the same numbers.
     """
     state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]) >> 1)
-    drawn = []
-    for latents in sets:
-        total = len(latents.mean)
+    pictures, latents = [], []
+    for known in sets:
+        total = len(known.mean)
         # whole permutations, so that within a step no picture comes twice before each came once
-        order = torch.cat([torch.randperm(total, generator=generator) for _ in range(-(-count // total))])[:count]
-        posterior_noise = torch.randn(latents.mean[order].shape, generator=generator)
-        drawn.append(latents.mean[order] + latents.std[order] * posterior_noise)
-    latents = torch.stack(drawn)
+        passes = [torch.randperm(total, generator=generator) for _ in range(math.ceil(count / total))]
+        chosen = torch.cat(passes)[:count]
+        posterior_noise = torch.randn(known.mean[chosen].shape, generator=generator)
+        pictures.append(chosen)
+        latents.append(known.mean[chosen] + known.std[chosen] * posterior_noise)
+    latents = torch.stack(latents)
     noise = torch.randn(latents.shape, generator=generator)
     timesteps = torch.randint(num_timesteps, latents.shape[:2], generator=generator)
-    return Draw(latents, noise, timesteps)
+    return Batch(torch.stack(pictures), latents, noise, timesteps)

@@ -1,10 +1,15 @@
-"""The mathematics of diffusion: noise schedule, forward process, training target, two samplers, guidance.
+"""The mathematics of diffusion: noise schedule, forward process, training target, samplers, guidance.
+
+Everywhere, abar_t is the schedule's alphas_cumprod at timestep t, alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t):
+
+    x_t = alpha_t x_0 + sigma_t noise
 
 Nothing here knows a network: sampling takes any callable that predicts what the schedule's `prediction_type` says.
 """
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +19,7 @@ from tinydb.config import InputError, ScheduleConfig
 
 
 class NoiseSchedule:
-    """q(x_t | x_0) = N(sqrt(alphas_cumprod_t) x_0, (1 - alphas_cumprod_t) I)  (arXiv 2006.11239, equation 4)."""
+    """q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I)  (arXiv 2006.11239, equation 4)."""
 
     def __init__(self, config: ScheduleConfig):
         self.config = config
@@ -24,34 +29,54 @@ class NoiseSchedule:
             betas = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_train_timesteps) ** 2
         self.alphas_cumprod = torch.from_numpy(np.cumprod(1 - betas)).float()  # the product itself in float64
 
-    def coefficients(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(alphas_cumprod_t) and sqrt(1 - alphas_cumprod_t), (B,) -> (B, 1, 1, 1) each, placed like `like`."""
-        alphas_cumprod = self.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
-        return alphas_cumprod.sqrt().to(like), (1 - alphas_cumprod).sqrt().to(like)
-
-    def log_alpha_by_sigma(self, timestep: int) -> float:
-        """lambda_t = log(alpha_t / sigma_t), half the logarithm of the signal-to-noise ratio."""
-        alpha_cumprod = self.alphas_cumprod[timestep].item()
-        return 0.5 * math.log(alpha_cumprod / (1 - alpha_cumprod))
+    def alpha_sigma(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t for timesteps (B,), (B, 1, 1, 1) each, with the device and dtype of `like`."""
+        abar = self.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+        return abar.sqrt().to(like), (1 - abar).sqrt().to(like)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The forward process in one jump: x_t = sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t) noise."""
-        alpha, sigma = self.coefficients(timesteps, latents)
+        """The forward process in one jump: x_t = alpha_t x_0 + sigma_t noise; latents (B, C, h, w), timesteps (B,)."""
+        alpha, sigma = self.alpha_sigma(timesteps, latents)
         return alpha * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the network learns to predict: the noise, or v = alpha noise - sigma x_0 (arXiv 2202.00512, app. D)."""
         if self.config.prediction_type == "epsilon":
             return noise
-        alpha, sigma = self.coefficients(timesteps, latents)
+        alpha, sigma = self.alpha_sigma(timesteps, latents)
         return alpha * noise - sigma * latents
 
-    def split(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """What a prediction says of `noisy`: the clean latents x_0 and the noise in it."""
-        alpha, sigma = self.coefficients(timesteps, noisy)
+    def clean_and_noise(self, prediction: Tensor, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """What a prediction says about x_t = `noisy`: the clean latents x_0 and the noise in it. Inverts `target`."""
+        alpha, sigma = self.alpha_sigma(timesteps, noisy)
         if self.config.prediction_type == "epsilon":
             return (noisy - sigma * prediction) / alpha, prediction
         return alpha * noisy - sigma * prediction, alpha * prediction + sigma * noisy
+
+
+# ------------------------------------------------------------------------------------------------ samplers
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the network believes at one timestep: x_t = alpha_t clean + sigma_t noise, both (B, C, h, w)."""
+
+    timestep: int
+    clean: Tensor
+    noise: Tensor
+
+
+@dataclass(frozen=True)
+class FreshNoise:
+    """Noise that a sampler adds on its way: `eta` says how much, and each picture has a generator of its own."""
+
+    eta: float
+    generators: list[torch.Generator]
+
+    def draw(self, like: Tensor) -> Tensor:
+        """Standard normal noise (B, C, h, w), drawn on the CPU."""
+        drawn = [torch.randn(like.shape[1:], generator=generator) for generator in self.generators]
+        return torch.stack(drawn).to(like)
 
 
 def ddim_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
@@ -60,59 +85,65 @@ def ddim_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
     return [i * stride + 1 for i in reversed(range(steps))]
 
 
+def ddim_step(schedule: NoiseSchedule, now: Estimate, next_timestep: int, earlier: Estimate | None,
+              fresh: FreshNoise) -> Tensor:
+    """One step x_t -> x_t' of DDIM (arXiv 2010.02502, equation 12): the same clean latents with the noise of t'.
+
+        x_t' = alpha_t' clean + sqrt(sigma_t'^2 - std^2) noise + std * fresh noise
+
+    `fresh.eta` 0 is deterministic, 1 has DDPM's variance. `earlier` is for samplers that look back.
+    """
+    abar, abar_next = (schedule.alphas_cumprod[t].item() for t in (now.timestep, next_timestep))
+    std = fresh.eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5  # equation 16
+    latents = abar_next**0.5 * now.clean + (1 - abar_next - std**2) ** 0.5 * now.noise
+    return latents + std * fresh.draw(latents) if std > 0 else latents
+
+
 def dpm_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
     """`steps` evenly spaced timesteps from the noisiest on, 0 being left for the end: 999, 949 ... 50.
 
     DDIM keeps off timestep 999 and spends its last step on 1 -> 0; with few steps that matters. This is diffusers'
-    "linspace", that is what `DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)` takes in our folders.
+    "linspace", which is what `DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)` takes in our folders.
     """
-    return np.linspace(0, schedule.config.num_train_timesteps - 1, steps + 1).round().astype(int)[:0:-1].tolist()
+    from_clean = np.linspace(0, schedule.config.num_train_timesteps - 1, steps + 1).round().astype(int)
+    return from_clean[1:][::-1].tolist()
 
 
-SAMPLERS = {"ddim": ddim_timesteps, "dpm": dpm_timesteps}
+def dpm_step(schedule: NoiseSchedule, now: Estimate, next_timestep: int, earlier: Estimate | None,
+             fresh: FreshNoise) -> Tensor:
+    """One step x_t -> x_t' of DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2); 0 is the end, without any noise.
+
+    DDIM's step is exact if the network believed in the same clean latents all the way to t'. But its estimate moves,
+    about linearly in lambda = log(alpha / sigma), and the `earlier` estimate tells how fast. So take the clean latents
+    from the middle of this step, and the noise such that alpha_t clean + sigma_t noise is still x_t.
+    """
+    if next_timestep == 0:
+        return now.clean
+    if earlier is not None:
+        abar = [schedule.alphas_cumprod[t].item() for t in (earlier.timestep, now.timestep, next_timestep)]
+        lambda_earlier, lambda_now, lambda_next = [0.5 * math.log(a / (1 - a)) for a in abar]
+        change = (now.clean - earlier.clean) * (lambda_next - lambda_now) / (lambda_now - lambda_earlier) / 2
+        now = replace(now, clean=now.clean + change, noise=now.noise - math.exp(lambda_now) * change)
+    return ddim_step(schedule, now, next_timestep, None, fresh)
 
 
-def sampler_timesteps(schedule: NoiseSchedule, steps: int, sampler: str) -> list[int]:
-    """The timesteps at which the sampler "ddim" or "dpm" asks the network, from noisy to clean."""
+@dataclass(frozen=True)
+class Sampler:
+    """The timesteps at which a sampler asks the network, from noisy to clean, and how it steps from one to the next."""
+
+    timesteps: Callable[[NoiseSchedule, int], list[int]]
+    step: Callable[[NoiseSchedule, Estimate, int, Estimate | None, FreshNoise], Tensor]
+
+
+SAMPLERS = {"ddim": Sampler(ddim_timesteps, ddim_step), "dpm": Sampler(dpm_timesteps, dpm_step)}
+
+
+def sampler_timesteps(schedule: NoiseSchedule, sampler: str, steps: int) -> list[int]:
+    """The `steps` timesteps of the sampler of that name; InputError where the model was not trained on as many."""
     limit = schedule.config.num_train_timesteps - 1
     if not 1 <= steps <= limit:
         raise InputError(f"steps {steps}: expected 1 to {limit}, the timesteps that the model was trained on")
-    if sampler not in SAMPLERS:
-        raise InputError(f"sampler {sampler!r}: expected one of {', '.join(SAMPLERS)}")
-    return SAMPLERS[sampler](schedule, steps)
-
-
-def ddim_step(schedule: NoiseSchedule, clean: Tensor, noise: Tensor, timestep: int, previous: int,
-              eta: float = 0.0, generators: list[torch.Generator] | None = None) -> Tensor:
-    """One step x_t -> x_previous of DDIM (arXiv 2010.02502, equation 12), from the two that x_t is said to be made of.
-
-    `eta` 0 is deterministic; 1 is DDPM's variance, its noise drawn from one generator per picture.
-    """
-    alpha_t, alpha_prev = (schedule.alphas_cumprod[t].item() for t in (timestep, previous))
-    sigma = eta * ((1 - alpha_prev) / (1 - alpha_t) * (1 - alpha_t / alpha_prev)) ** 0.5  # equation 16
-    latents = alpha_prev**0.5 * clean + (1 - alpha_prev - sigma**2) ** 0.5 * noise
-    if eta > 0:
-        fresh = torch.stack([torch.randn(latents.shape[1:], generator=generator) for generator in generators])
-        latents = latents + sigma * fresh.to(latents)
-    return latents
-
-
-def dpm_step(schedule: NoiseSchedule, clean: Tensor, noise: Tensor, timestep: int, previous: int,
-             earlier: tuple[Tensor, int] | None) -> Tensor:
-    """One step x_t -> x_previous of DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2); 0 is the end, without any noise.
-
-    DDIM's step is exact if the network would say the same `clean` all the way to `previous`. But it changes, and
-    `earlier`, the clean latents and timestep of the step before, tells how: about linearly in lambda. So take `clean`
-    from the middle of this step, and `noise` so that alpha_t clean + sigma_t noise still are the same latents.
-    """
-    if previous == 0:
-        return clean
-    if earlier is not None:
-        earlier_clean, earlier_timestep = earlier
-        lambda_earlier, lambda_t, lambda_prev = map(schedule.log_alpha_by_sigma, (earlier_timestep, timestep, previous))
-        change = (clean - earlier_clean) * (lambda_prev - lambda_t) / (lambda_t - lambda_earlier) / 2
-        clean, noise = clean + change, noise - math.exp(lambda_t) * change
-    return ddim_step(schedule, clean, noise, timestep, previous)
+    return SAMPLERS[sampler].timesteps(schedule, steps)
 
 
 def guided(model: Callable[[Tensor, Tensor, Tensor], Tensor], text_embeds: Tensor, negative_embeds: Tensor,
@@ -122,37 +153,29 @@ def guided(model: Callable[[Tensor, Tensor, Tensor], Tensor], text_embeds: Tenso
     `text_embeds` and `negative_embeds` are (B, T, C). Both predictions come from one forward of twice the batch;
     at scale 1 the formula leaves only the conditional one, and only that is computed.
     """
-    def conditional(latents: Tensor, timesteps: Tensor) -> Tensor:
-        return model(latents, timesteps, text_embeds)
+    both_embeds = torch.cat([negative_embeds, text_embeds])
 
-    def both(latents: Tensor, timesteps: Tensor) -> Tensor:
-        prediction = model(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), embeds)
-        uncond, cond = prediction.chunk(2)
+    def denoiser(latents: Tensor, timesteps: Tensor) -> Tensor:
+        if guidance_scale == 1:
+            return model(latents, timesteps, text_embeds)
+        uncond, cond = model(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), both_embeds).chunk(2)
         return uncond + guidance_scale * (cond - uncond)
 
-    embeds = torch.cat([negative_embeds, text_embeds])
-    return conditional if guidance_scale == 1 else both
+    return denoiser
 
 
-def sample(schedule: NoiseSchedule, denoiser: Callable[[Tensor, Tensor], Tensor], latents: Tensor, steps: int,
-           sampler: str = "ddim", eta: float = 0.0, generators: list[torch.Generator] | None = None,
-           skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """From pure noise to clean latents (B, C, h, w) in `steps` steps of the sampler "ddim" or "dpm" (DPM-Solver++ 2M).
+def sample(schedule: NoiseSchedule, denoiser: Callable[[Tensor, Tensor], Tensor], latents: Tensor, sampler: str,
+           timesteps: list[int], fresh: FreshNoise) -> Iterator[tuple[Tensor, Tensor]]:
+    """From the noise of the first of `timesteps` to clean latents (B, C, h, w).
 
     Yields, after each step, the latents and the clean latents that the network predicted in it: the last latents are
-    the result, and the predictions a preview. `eta` and `generators` are for `ddim_step`. With `skip` the sampler
-    starts that many steps later, from latents that carry the noise of its timestep there.
+    the result, and the predictions a preview.
     """
-    timesteps = sampler_timesteps(schedule, steps, sampler)
-    if sampler == "dpm" and eta > 0:
-        raise InputError(f"eta {eta}: the sampler dpm adds no noise; expected 0, or the sampler ddim")
     earlier = None
-    for timestep, previous in zip(timesteps[skip:], [*timesteps[skip + 1 :], 0]):
+    for timestep, next_timestep in zip(timesteps, [*timesteps[1:], 0]):
         prediction = denoiser(latents, torch.full((len(latents),), timestep, device=latents.device))
-        clean, noise = schedule.split(prediction, latents, torch.tensor([timestep]))
-        if sampler == "ddim":
-            latents = ddim_step(schedule, clean, noise, timestep, previous, eta, generators)
-        else:
-            latents = dpm_step(schedule, clean, noise, timestep, previous, earlier)
-        earlier = clean, timestep
+        clean, noise = schedule.clean_and_noise(prediction, latents, torch.tensor([timestep]))
+        now = Estimate(timestep, clean, noise)
+        latents = SAMPLERS[sampler].step(schedule, now, next_timestep, earlier, fresh)
+        earlier = now
         yield latents, clean

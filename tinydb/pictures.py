@@ -52,15 +52,6 @@ def grid(images: list[Image.Image], columns: int, captions: list[str] | None = N
     return sheet
 
 
-def heat_map(image: Image.Image, values: Tensor) -> Image.Image:
-    """The image in grey and, over it, `values` (h, w): black, red, yellow, white from their least to their largest."""
-    values = (values - values.min()) / (values.max() - values.min()).clamp_min(1e-12)
-    heat = np.asarray(Image.fromarray(values.float().cpu().numpy()).resize(image.size, Image.Resampling.BICUBIC))
-    colors = 255 * np.clip(3 * heat[:, :, None] - (0, 1, 2), 0, 1)  # (H, W, 3): red is full at a third, green at two
-    grey = np.asarray(image.convert("L"))[:, :, None]
-    return Image.fromarray((0.4 * grey + 0.6 * colors).round().astype(np.uint8))
-
-
 def save_png(image: Image.Image, path: Path, parameters: str) -> None:
     """Write a PNG that says how it was made, in the text chunk that A1111 and its successors read."""
     text = PngInfo()

@@ -1,34 +1,29 @@
 """Stable Diffusion put together: the parts of a model folder, and how a prompt becomes pictures."""
 
+import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from tinydb.clip import CLIPTextModel
-from tinydb.config import (
-    InputError,
-    ModelInfo,
-    ScheduleConfig,
-    TextConfig,
-    UNetConfig,
-    VAEConfig,
-    read_json,
-    require,
-    write_json,
-)
-from tinydb.diffusion import NoiseSchedule, guided, sample, sampler_timesteps
+from tinydb.cli import option
+from tinydb.config import (Checked, InputError, ModelInfo, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, read_json,
+                           require, write_json)
+from tinydb.diffusion import SAMPLERS, FreshNoise, NoiseSchedule, guided, sample, sampler_timesteps
 from tinydb.pictures import to_images, to_pixels
+from tinydb.storage import WEIGHT_FILES, build_model, read_tensors, save_tensors, written_whole
 from tinydb.tokenizer import PLACEHOLDER, CLIPTokenizer
 from tinydb.unet import UNet2DConditionModel
 from tinydb.vae import AutoencoderKL
-from tinydb.weights import WEIGHT_FILES, link_or_copy, load_model, save_model, written_whole
 
 DEFAULT_IDENTIFIER = "ohwx"  # one rare token of CLIP's vocabulary, and of the embedded model's
 DECODE_BATCH = 8  # pictures decoded at once: at full size the decoder needs more memory than the UNet
+LAST_SEED = 2**32 - 1  # torch looks at 32 bits
 
 PARTS = {"text_encoder": (CLIPTextModel, TextConfig), "unet": (UNet2DConditionModel, UNetConfig),
          "vae": (AutoencoderKL, VAEConfig)}
@@ -40,6 +35,34 @@ MODEL_INDEX = {  # what diffusers looks for first
     "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Checked):
+    """How to draw: the arguments of `generate`, and options of sample.py. None means: what the model's recipe says."""
+
+    steps: int | None = option(None, "sampling steps: more are finer and slower (default: the model's recipe)", least=1)
+    guidance_scale: float | None = option(None, "how closely to follow the prompt: classifier-free guidance, 1 is none "
+                                                "(default: the model's recipe)", flag="--guidance")
+    seed: int = option(0, "picture i starts from noise of seed + i; the same seed is the same picture",
+                       least=0, most=LAST_SEED)
+    size: tuple[int, ...] | None = option(None, "WIDTHxHEIGHT in pixels (default: what the model was trained on)",
+                                          least=1, most=2**14, metavar="WIDTHxHEIGHT")
+    negative: str = option("", "a prompt to steer away from")
+    strength: float = option(0.6, "how much of the picture to draw over is drawn anew: near 0 it stays", above=0,
+                             most=1)
+    sampler: str = option("ddim", "dpm is DPM-Solver++ 2M, which needs about half the steps", choices=tuple(SAMPLERS))
+    eta: float = option(0.0, "fresh noise in each step of ddim: 0 is none, 1 as much as DDPM's", least=0, most=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.eta == 0 or self.sampler == "ddim",
+                f"--eta {self.eta}: only --sampler ddim adds fresh noise; leave one of them out")
+
+    @property
+    def steps_over_picture(self) -> int:
+        """How many of the `steps` draw over a picture: the last `strength` of them, one at the least."""
+        return max(1, int(self.steps * self.strength))
 
 
 @dataclass
@@ -109,75 +132,70 @@ class StableDiffusion:
         return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
     @torch.inference_mode()
-    def denoise(self, prompts: str | list[str], *, steps: int | None = None, guidance_scale: float | None = None,
-                seed: int = 0, negative: str = "", size: tuple[int, int] | None = None, latents: Tensor | None = None,
-                init: Image.Image | None = None, strength: float = 0.6, sampler: str = "ddim",
-                eta: float = 0.0) -> Iterator[tuple[Tensor, Tensor]]:
+    def denoise(self, prompts: str | list[str], *, latents: Tensor | None = None, init: Image.Image | None = None,
+                **settings: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """The way to the pictures: after each step the latents (B, C, h, w), noisy to clean, and the clean latents that
         the model predicted in it, for a preview; `decode` makes pictures of both. Arguments as in `generate`."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        steps = self.info.recipe.sample_steps if steps is None else steps
-        guidance_scale = self.info.recipe.guidance if guidance_scale is None else guidance_scale
-        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
-        skip = 0
+        sampling = self.with_recipe(Sampling(**settings))
+        timesteps = sampler_timesteps(self.schedule, sampling.sampler, sampling.steps)
+        generators = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(prompts))]
         if init is not None:
-            skip, latents = self.noised(init, generators, sampler, steps, strength)
-        latents = self.initial_latents(generators, size) if latents is None else latents
+            timesteps = timesteps[-sampling.steps_over_picture :]
+            latents = self.noised(init, timesteps[0], generators)
+        elif latents is None:
+            latents = self.initial_latents(generators, sampling.size)
         require(len(latents) == len(prompts), f"{len(latents)} latents for {len(prompts)} prompts; expected as many")
 
         def unet(noisy: Tensor, timesteps: Tensor, text_embeds: Tensor) -> Tensor:
             return self.unet(noisy.to(self.dtype), timesteps, text_embeds).float()
 
-        denoiser = guided(unet, self.encode_prompt(prompts), self.encode_prompt([negative] * len(prompts)),
-                          guidance_scale)
-        yield from sample(self.schedule, denoiser, latents.to(self.device, torch.float32), steps, sampler, eta,
-                          generators, skip)
+        text_embeds, negative_embeds = (self.encode_prompt(texts)
+                                        for texts in (prompts, [sampling.negative] * len(prompts)))
+        denoiser = guided(unet, text_embeds, negative_embeds, sampling.guidance_scale)
+        yield from sample(self.schedule, denoiser, latents.to(self.device, torch.float32), sampling.sampler, timesteps,
+                          FreshNoise(sampling.eta, generators))
 
-    def noised(self, init: Image.Image, generators: list[torch.Generator], sampler: str, steps: int,
-               strength: float) -> tuple[int, Tensor]:
-        """Where drawing over a picture begins (SDEdit, arXiv 2108.01073): how many steps to skip so that `strength` of
-        all `steps` are left, and the latents of `init` with the noise of the next one, one for each generator."""
-        timesteps = sampler_timesteps(self.schedule, steps, sampler)
-        skip = steps - steps_left(steps, strength)
+    def generate(self, prompts: str | list[str], *, latents: Tensor | None = None, init: Image.Image | None = None,
+                 **settings: Any) -> list[Image.Image]:
+        """Draw: one PIL image for each prompt, which a notebook shows when it is a cell's last line.
+
+        prompts     a text, or a list of them; [V] is the subject that train.py taught
+        latents     (B, C, h, w) to start from in place of the seeds' noise
+        init        a PIL image to draw over, from the noise of the last `strength` of the steps
+        settings    those of `Sampling`: steps, guidance_scale, seed, size, negative, strength, sampler, eta
+
+        Raises InputError, one line with what was expected, for what the model cannot draw.
+        """
+        for latents, _ in self.denoise(prompts, latents=latents, init=init, **settings):
+            pass
+        return self.decode(latents)
+
+    def with_recipe(self, sampling: Sampling) -> Sampling:
+        """The sampling with the recipe's numbers where nothing was given."""
+        recipe = self.info.recipe
+        return replace(sampling, steps=recipe.sample_steps if sampling.steps is None else sampling.steps,
+                       guidance_scale=recipe.guidance if sampling.guidance_scale is None else sampling.guidance_scale)
+
+    def noised(self, init: Image.Image, timestep: int, generators: list[torch.Generator]) -> Tensor:
+        """Where drawing over a picture begins (SDEdit, arXiv 2108.01073): its latents with the noise of `timestep`,
+        one draw for each generator, (B, C, h, w)."""
         require(all(side % self.vae.config.factor == 0 for side in init.size),
                 f"init of {init.width}x{init.height}: sides must be multiples of {self.vae.config.factor}")
         pixels = to_pixels([init.convert("RGB")]).to(self.device, self.dtype)
         mean, std = (t.float().cpu() for t in self.vae.encode(pixels))
-        drawn = [(mean + std * torch.randn(mean.shape, generator=generator),
-                  torch.randn(mean.shape, generator=generator)) for generator in generators]
-        clean, noise = (torch.cat(parts) for parts in zip(*drawn))
-        return skip, self.schedule.add_noise(clean, noise, torch.full((len(clean),), timesteps[skip]))
+        noised = []
+        for generator in generators:
+            clean = mean + std * torch.randn(mean.shape, generator=generator)
+            noise = torch.randn(mean.shape, generator=generator)
+            noised.append(self.schedule.add_noise(clean, noise, torch.tensor([timestep])))
+        return torch.cat(noised)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Clean latents (B, C, h, w) -> B pictures."""
         parts = [self.vae.decode(part.to(self.device, self.dtype)) for part in latents.split(DECODE_BATCH)]
         return to_images(torch.cat(parts))
-
-    def generate(self, prompts: str | list[str], *, steps: int | None = None, guidance_scale: float | None = None,
-                 seed: int = 0, negative: str = "", size: tuple[int, int] | None = None, latents: Tensor | None = None,
-                 init: Image.Image | None = None, strength: float = 0.6, sampler: str = "ddim",
-                 eta: float = 0.0) -> list[Image.Image]:
-        """Draw: one PIL image for each prompt, which a notebook shows when it is a cell's last line.
-
-        prompts         a text, or a list of them; [V] is the subject that train.py taught
-        steps           of the sampler: more are finer and slower (default: the model's recipe)
-        guidance_scale  how closely to follow the prompt, 1 is no guidance (default: the model's recipe)
-        seed            picture i starts from noise of seed + i; the same seed is the same picture
-        negative        a prompt to steer away from
-        size            (width, height) in pixels (default: what the model was trained on)
-        latents         (B, C, h, w) to start from in place of the seeds' noise
-        init, strength  a PIL image to draw over in the last `strength` of the steps: near 0 it stays, at 1 little of it
-        sampler         "ddim", or "dpm" (DPM-Solver++ 2M), which needs about half the steps
-        eta             fresh noise in each step of DDIM: 0 is none, 1 as much as DDPM's
-
-        Raises InputError, one line with what was expected, for what the model cannot draw.
-        """
-        for latents, _ in self.denoise(
-                prompts, steps=steps, guidance_scale=guidance_scale, seed=seed, negative=negative, size=size,
-                latents=latents, init=init, strength=strength, sampler=sampler, eta=eta):
-            pass
-        return self.decode(latents)
 
     def to(self, device: torch.device | str) -> "StableDiffusion":
         """Move the networks to a device."""
@@ -188,7 +206,8 @@ class StableDiffusion:
     def save(self, folder: str | Path, dtype: torch.dtype | None = torch.float32, vae_from: Path | None = None) -> None:
         """Write the model folder, which diffusers opens as well; it appears whole or not at all.
 
-        `dtype` None leaves each tensor as it is. `vae_from` is a model folder whose VAE weights this one may share.
+        `dtype` None leaves each tensor as it is. `vae_from` is a model folder to copy the VAE's weights from, as they
+        are there.
         """
         with written_whole(Path(folder)) as path:
             self.write(path, dtype, vae_from)
@@ -196,12 +215,12 @@ class StableDiffusion:
     def write(self, folder: Path, dtype: torch.dtype | None, vae_from: Path | None = None) -> None:
         """Write the files of `save` into a folder that is there, or not yet."""
         self.save_settings(folder)
-        for part in ("text_encoder", "unet"):
-            save_model(getattr(self, part), folder, part, dtype)
-        if vae_from is None:
-            save_model(self.vae, folder, "vae", dtype)
-        else:
-            link_or_copy(vae_from / "vae" / WEIGHT_FILES["vae"], folder / "vae" / WEIGHT_FILES["vae"])
+        for part in PARTS:
+            path = folder / part / WEIGHT_FILES[part]
+            if part == "vae" and vae_from is not None:
+                shutil.copyfile(vae_from / part / WEIGHT_FILES[part], path)
+            else:
+                save_tensors(getattr(self, part).state_dict(), path, dtype)
 
     def save_settings(self, folder: Path) -> None:
         """Write everything of a model folder but the weights."""
@@ -226,36 +245,32 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     require(kind == MODEL_INDEX["_class_name"],
             f"{folder}: a {kind}; only {MODEL_INDEX['_class_name']} (Stable Diffusion 1.x and 2.x) is supported")
     schedule = NoiseSchedule(ScheduleConfig.read(folder / "scheduler" / "scheduler_config.json"))
-    models = [load_model(model_class, config_class.read(folder / part / "config.json"), folder, part, dtype)
-              for part, (model_class, config_class) in PARTS.items()]
+    models = []
+    for part, (model_class, config_class) in PARTS.items():
+        path = folder / part / WEIGHT_FILES[part]
+        config = config_class.read(folder / part / "config.json")
+        models.append(build_model(model_class, config, part, read_tensors(path), path).to(dtype))
     tokenizer = CLIPTokenizer.read(folder / "tokenizer")
     info = ModelInfo.read(folder / "tinydb.json")
     return StableDiffusion(*models, tokenizer, schedule, info).to(device)
 
 
-def steps_left(steps: int, strength: float) -> int:
-    """How many of `steps` sampling steps draw over a picture: the last `strength` of them, one at the least."""
-    require(0 < strength <= 1, f"strength {strength}: expected more than 0, at most 1")
-    return max(1, int(steps * strength))
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device, or the CPU, had no memory left; PyTorch has no one class for that."""
-    return "out of memory" in str(error) or "allocate memory" in str(error)
-
-
-def choose_device(name: str, precision: str) -> tuple[torch.device, torch.dtype]:
-    """The device and number format that names from the command line stand for; "auto" takes the best there is:
-    bfloat16 on recent NVIDIA GPUs, float16 on older ones, float32 elsewhere."""
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the best that is there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise InputError(f"device {name}: not available here ({reason}); try --device cpu") from None
+    return device
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The number format "fp32", "bf16" or "fp16"; "auto" is the fastest that the device is good at."""
     if precision == "auto":
         recent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         precision = "bf16" if recent else "fp16" if device.type == "cuda" else "fp32"
-    return device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

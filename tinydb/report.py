@@ -13,7 +13,7 @@ from PIL import Image
 
 from tinydb.config import read_json
 from tinydb.tokenizer import PLACEHOLDER
-from tinydb.weights import written_whole
+from tinydb.storage import written_whole
 
 Curve = list[tuple[int, float]]  # steps and losses
 

@@ -92,9 +92,10 @@ class Transformer2DModel(nn.Module):
     def __init__(self, channels: int, heads: int, config: UNetConfig):
         super().__init__()
         self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)  # 1e-5 everywhere else in the UNet
-        self.proj_in, self.proj_out = (
-            nn.Linear(channels, channels) if config.use_linear_projection else nn.Conv2d(channels, channels, 1)
-            for _ in range(2))
+        if config.use_linear_projection:
+            self.proj_in, self.proj_out = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        else:
+            self.proj_in, self.proj_out = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             [BasicTransformerBlock(channels, config.cross_attention_dim, heads, config.upcast_attention)])
 
@@ -217,48 +218,3 @@ class UNet2DConditionModel(nn.Module):
         for block in self.up_blocks:
             x = block(x, skips, temb, text_embeds)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
-class AttentionMaps:
-    """Where in the picture each token of the text is looked at, as the mean over steps, blocks and heads.
-
-        with AttentionMaps(sd.unet, pictures=1) as maps:
-            sd.generate("a red dog")
-        maps.mean()  # (B, T, h, w), which sums to 1 over the tokens
-
-    `Attention` never holds the matrix softmax(Q K^T / sqrt(d)), so a hook on each cross-attention computes it once
-    more; outside of the `with` there is none. Of each batch the last `pictures` count: guidance puts those of the
-    negative prompt before them.
-    """
-
-    def __init__(self, unet: UNet2DConditionModel, pictures: int):
-        self.unet, self.pictures, self.total, self.calls = unet, pictures, 0, 0
-
-    def __enter__(self) -> "AttentionMaps":
-        blocks = [module for module in self.unet.modules() if isinstance(module, BasicTransformerBlock)]
-        self.hooks = [block.attn2.register_forward_hook(self.add) for block in blocks]
-        self.hooks.append(self.unet.register_forward_pre_hook(self.start))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def start(self, unet: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.size = inputs[0].shape[-2:]
-
-    def add(self, attention: Attention, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        x, text_embeds = (t[-self.pictures :] for t in inputs)
-        q, k = (t.unflatten(-1, (attention.heads, -1)).transpose(1, 2).float()
-                for t in (attention.to_q(x), attention.to_k(text_embeds)))  # (B, heads, L or T, d)
-        weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1).mean(dim=1)  # (B, L, T)
-        height, width = self.size
-        while height * width > x.shape[1]:  # the level of the UNet that this is
-            height, width = (height + 1) // 2, (width + 1) // 2
-        maps = weights.transpose(1, 2).unflatten(2, (height, width))  # (B, T, height, width)
-        self.total = self.total + F.interpolate(maps, self.size, mode="bilinear")
-        self.calls += 1
-
-    def mean(self) -> Tensor:
-        """(B, T, h, w), of the latents' size."""
-        return self.total / self.calls

@@ -1,5 +1,7 @@
 """Safetensors in and out: every tensor accounted for, memory-mapped, written whole or not at all."""
 
+import errno
+import hashlib
 import os
 import re
 import shutil
@@ -12,9 +14,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from tinydb.config import InputError, PartConfig
+from tinydb.config import InputError, PartConfig, require
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -81,48 +82,28 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from None
 
 
-class WithoutInit(TorchFunctionMode):
-    """Modules made under it leave their parameters as they are: torch.nn.init does nothing.
-
-    On the meta device its normal_ would import the whole of torch._dynamo, two seconds and 130 MB.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__module__", None) == nn.init.__name__:
-            return kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def load_model(model_class: type[Model], config: PartConfig, folder: Path, part: str, dtype: torch.dtype) -> Model:
-    """Build a part and fill it from `folder/part`; one InputError lists every tensor that does not fit."""
-    path = folder / part / WEIGHT_FILES[part]
-    return fit_model(model_class, config, part, read_tensors(path), path).to(dtype)
-
-
-def fit_model(model_class: type[Model], config: PartConfig, part: str, tensors: dict[str, Tensor],
-              source: Path) -> Model:
+def build_model(model_class: type[Model], config: PartConfig, part: str, tensors: dict[str, Tensor],
+                source: Path) -> Model:
     """Build a part and fill it with `tensors`, in their own precision; `source` names them in the one InputError that
     lists every tensor that does not fit.
 
     The model is built on the meta device and adopts the mapped tensors, so nothing is initialised in vain.
     """
     state = canonical_names(part, tensors)
-    with torch.device("meta"), WithoutInit():
+    with torch.device("meta"):
         model = model_class(config)
-    expected = model.state_dict()
-    problems = [f"missing {name} {tuple(expected[name].shape)}" for name in expected if name not in state]
-    problems += [f"unexpected {name} {tuple(state[name].shape)}" for name in state if name not in expected]
-    problems += [f"{name} is {tuple(state[name].shape)}, config.json asks for {tuple(expected[name].shape)}"
-                 for name in expected if name in state and state[name].shape != expected[name].shape]
-    if problems:
-        raise InputError(f"{source}: {len(problems)} tensors do not fit its config.json: {'; '.join(problems)}")
+    check_tensors(state, {name: tensor.shape for name, tensor in model.state_dict().items()}, source)
     model.load_state_dict(state, assign=True)
     return model.requires_grad_(False).eval()
 
 
-def save_model(model: nn.Module, folder: Path, part: str, dtype: torch.dtype | None) -> None:
-    """Write the weights of a part into the folder `folder/part`; `dtype` None leaves each tensor as it is."""
-    save_tensors(model.state_dict(), folder / part / WEIGHT_FILES[part], dtype)
+def check_tensors(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], source: Path) -> None:
+    """InputError that lists what is missing, unexpected or of another shape among the `tensors` read from `source`."""
+    problems = [f"missing {name} {tuple(shapes[name])}" for name in shapes if name not in tensors]
+    problems += [f"unexpected {name} {tuple(tensors[name].shape)}" for name in tensors if name not in shapes]
+    problems += [f"{name} is {tuple(tensors[name].shape)}, not {tuple(shapes[name])}"
+                 for name in shapes if name in tensors and tensors[name].shape != shapes[name]]
+    require(not problems, f"{source}: {len(problems)} tensors do not fit the model: {'; '.join(problems)}")
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None = None, **metadata: str) -> None:
@@ -159,12 +140,17 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Have the system put a file or a folder's list of names on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open a folder, and does not need to
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    """Have the system put a file, or a folder's list of names, on the disk where the file system can do that: network
+    shares may not, and Windows cannot open a folder."""
+    try:
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    except OSError:
+        return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):  # what was written is not there
+            raise
     finally:
         os.close(descriptor)
 
@@ -181,9 +167,26 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def link_or_copy(source: Path, destination: Path) -> None:
-    """A second name for a file where the file system can, else a copy: frozen weights need no second place."""
-    try:
-        os.link(os.path.realpath(source), destination)  # the hub's cache is made of symbolic links
-    except OSError:
-        shutil.copyfile(source, destination)
+def fingerprint(folder: Path, settings: str = "") -> str:
+    """A short name for the weights of a model folder together with a text; the end of each file tells apart any two
+    models."""
+    digest = hashlib.sha256(settings.encode())
+    for part, name in WEIGHT_FILES.items():
+        path = folder / part / name
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 2**20))
+            digest.update(file.read())
+    return digest.hexdigest()[:12]
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above `path`, or `path` itself, that is there."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def check_free_disk(path: Path, needed: float, cure: str) -> None:
+    """InputError where the disk on which `path` will be has not `needed` bytes free."""
+    home = existing_parent(path)
+    free = shutil.disk_usage(home).free
+    require(free > needed, f"{home} has {free / 1e9:.1f} GB free, {path.name} needs {needed / 1e9:.1f}; make room, or "
+                           f"{cure}")

@@ -1,0 +1,129 @@
+"""The command line: options from a dataclass, and the one place where an exception becomes a message and an exit code.
+
+| what happened                                                | exit code |
+|--------------------------------------------------------------|----------:|
+| all went well                                                |         0 |
+| what the user gave cannot be used (InputError)               |         2 |
+| the user stopped it: Ctrl-C, or Stopped after work was saved |       130 |
+| the disk, the memory or another process failed               |         1 |
+
+Each of the last three prints one line on stderr. A fault of this program shows its traceback.
+"""
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+import torch.distributed as dist
+
+from tinydb.config import InputError, label, setting
+
+LONGEST_MESSAGE = 2000  # characters: a file may hold 20,000 tensors, and names of any length
+
+
+class Stopped(Exception):
+    """The user stopped the program. What it made is on the disk; the text says how to go on."""
+
+
+def option(default: Any, help: str, **declared: Any) -> Any:
+    """A dataclass field that is also a command-line option: bounds as in `config.setting`, and `flag`, `metavar` or
+    `nargs` where they do not follow from its name and type. A field without a default is positional."""
+    return setting(default, help=help, **declared)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser made from a dataclass of `option` fields, so that each default and each bound is written once."""
+
+    def __init__(self, settings: type, description: str | None):
+        super().__init__(description=description, allow_abbrev=False)
+        self.settings = settings
+        for f in fields(settings):
+            arguments = {name: f.metadata[name] for name in ("help", "metavar", "nargs", "choices")
+                         if name in f.metadata}
+            types = get_args(f.type) if isinstance(f.type, UnionType) else (f.type,)
+            if f.default is MISSING:
+                self.add_argument(f.name, **arguments)
+                continue
+            if bool in types:
+                arguments["action"] = argparse.BooleanOptionalAction
+            else:
+                is_size = any(get_origin(kind) is tuple for kind in types)
+                arguments["type"] = size if is_size else next((kind for kind in (int, float) if kind in types), str)
+            if f.default not in (None, "", False):
+                arguments["help"] += " (default: %(default)s)"
+            self.add_argument(label(f), dest=f.name, default=f.default, **arguments)
+
+    def parse(self, argv: list[str], defaults: dict[str, Any] = {}) -> Any:
+        """The settings that a command line gives; `defaults`, by field name, hold where it says nothing."""
+        self.set_defaults(**defaults)
+        return self.settings(**vars(self.parse_intermixed_args(argv)))
+
+    def error(self, message: str):
+        """Print one line, without the usage, and exit with code 2."""
+        self.fail(2, message)
+
+    def fail(self, code: int, message: str):
+        """Print one line that no terminal and no log chokes on, and exit."""
+        text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in message)
+        text = text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE - 2]} …"
+        self.exit(code, f"{self.prog}: {text}\n")
+
+
+def size(text: str) -> tuple[int, int]:
+    """ "512x768" -> (512, 768)."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text, re.ASCII)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected WIDTHxHEIGHT, such as 512x768")
+    return int(match[1]), int(match[2])
+
+
+def named_fields(settings: type, entries: dict[str, Any], source: str) -> dict[str, Any]:
+    """The entries of a file, which may name options by flag or by field, by field name; `source` is for the error."""
+    names = {f.name: f.name for f in fields(settings)}
+    names |= {label(f).lstrip("-").replace("-", "_"): f.name for f in fields(settings)}
+    for key in entries:
+        if key not in names:
+            nearest = difflib.get_close_matches(key, names, n=1, cutoff=0)[0]
+            raise InputError(f"{source}: no option {key!r}; the nearest is {nearest!r}")
+    return {names[key]: value for key, value in entries.items()}
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the CPU, had no memory left; PyTorch has no one class for that."""
+    return any(words in str(error) for words in ("out of memory", "allocate memory", "could not create a primitive"))
+
+
+def run(main: Callable[[Any], None], settings: type, doc: str | None, *, out_of_memory: str, after_failure: str = "",
+        defaults: Callable[[Any], dict[str, Any]] = lambda given: {}) -> None:
+    """Run a script: parse the command line into `settings`, call `main` with them, turn exceptions into exit codes.
+
+    `doc` is the script's docstring (None under -OO). `defaults(given)` are the options in a file that the command line
+    names. `out_of_memory` and `after_failure` say what then helps.
+    """
+    parser = Parser(settings, doc and doc.splitlines()[0])
+    try:
+        given = parser.parse(sys.argv[1:])
+        main(parser.parse(sys.argv[1:], defaults(given)))
+    except InputError as error:
+        parser.error(str(error))
+    except Stopped as stopped:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        parser.exit(130, f"\n{stopped}\n" if str(stopped) else None)
+    except KeyboardInterrupt:
+        parser.exit(130, "\n")
+    except OSError as error:
+        parser.fail(1, f"{error}{after_failure}")
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        if is_out_of_memory(error):
+            parser.fail(1, f"{reason}. {out_of_memory}")
+        elif isinstance(error, dist.DistError) or "closed by peer" in reason or "reset by peer" in reason:
+            parser.fail(1, f"another process of this run died or cannot be reached, see its own message{after_failure} "
+                           f"({reason})")
+        raise

@@ -1,0 +1,206 @@
+"""The folder of a training run, OUT: whose it is, its checkpoints, what is logged and shown, and the signal to stop.
+
+    config.json    every setting, and the facts that decide the result      checkpoints/step-000180/
+    inputs.png     what the model sees of the pictures                      samples/step-000180.png (previews)
+    metrics.jsonl  a line for each step                                     report.html (all of it on a page)
+"""
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from tqdm import tqdm
+
+from tinydb.cli import Stopped
+from tinydb.config import InputError, read_json, require, write_json
+from tinydb.pictures import grid, save_png
+from tinydb.pipeline import StableDiffusion
+from tinydb.report import write_report
+from tinydb.storage import check_free_disk, remove, written_whole
+
+
+class StopSignal:
+    """Remembers that the user asked the run to stop; the loop looks at the end of a step, when stopping loses nothing."""
+
+    def __init__(self, rank: int):
+        self.asked, self.rank = False, rank
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.receive)
+
+    def receive(self, number: int, frame: object) -> None:
+        if not self.asked and self.rank == 0:
+            os.write(2, b"\nstopping after this step\n")  # print is not for signal handlers
+        self.asked = True
+
+    def asked_anywhere(self, device: torch.device) -> bool:
+        """Whether any process was asked to stop; all of them wait here for one another."""
+        asked = torch.tensor(float(self.asked), device=device)
+        if dist.is_initialized():
+            dist.all_reduce(asked)
+        return bool(asked)
+
+    def stopped(self) -> Stopped:
+        """The exception that ends the run, with a word from the first process only."""
+        return Stopped("stopped; the same command with --resume goes on from here" if self.rank == 0 else "")
+
+
+class Run:
+    """The folder of one run. Only the first process writes into it."""
+
+    def __init__(self, out: Path):
+        self.out = out
+
+    # ---------------------------------------------------------------------------------------- whose it is
+
+    def claim(self, settings: Any, facts: dict[str, Any]) -> None:
+        """Make OUT this run's, and note in config.json everything that decides its result: the settings, and under
+        "run" the `facts` that are found out only now (digests, the device).
+
+        Refuses a folder that holds anything else, and a --resume that would continue a different run. A run that did
+        not get as far as a checkpoint may be started over; its class images stay.
+        """
+        config, saved = self.out / "config.json", self.checkpoints()
+        if settings.resume:
+            require(config.exists(), f"--resume: no run in {self.out}; leave --resume out to start one")
+            self.check_same(settings, facts, read_json(config))
+            done = self.step_of(saved[-1]) if saved else 0
+            require(done <= settings.steps,
+                    f"--steps {settings.steps}: the run in {self.out} is at step {done} already; give more")
+            require(done > 0 or not (self.out / "model").exists(),
+                    f"--resume: the run in {self.out} is finished and kept no checkpoint; give another --out")
+        else:
+            require(not saved and not (self.out / "model").exists(),
+                    f"{self.out} holds a run; continue it with --resume, or give this one a folder with --out")
+            visible = [path for path in self.out.glob("*") if not path.name.startswith(".")]
+            require(config.exists() or not visible,
+                    f"{self.out} is not empty, and no run of this program; give another folder with --out")
+        noted = {f.name: getattr(settings, f.name) for f in fields(settings) if f.metadata.get("noted", True)}
+        with written_whole(config) as temporary:
+            write_json(temporary, {**noted, "run": facts})
+        for leftover in (self.out / "checkpoints").glob(".*"):  # of a run that was killed while it wrote
+            remove(leftover)
+
+    def check_same(self, settings: Any, facts: dict[str, Any], before: dict[str, Any]) -> None:
+        """InputError that names the one setting or fact in which a resumed run differs from the one `before`. What an
+        older run did not know of had its default; a field with `free` changes no gradient, or a fact tells it."""
+        pairs = [(f.name, before.get(f.name, f.default), getattr(settings, f.name))
+                 for f in fields(settings) if f.metadata.get("noted", True) and not f.metadata.get("free")]
+        known = before.get("run", {})
+        pairs += [(f"the run's {name}", known.get(name), value) for name, value in facts.items()]
+        for name, then, now in pairs:
+            require(then == now, f"--resume: {name} was {then!r} and is now {now!r}; give what it was, or another --out")
+
+    def check_disk(self, parameters: int, checkpoints: int) -> None:
+        """InputError where the disk cannot hold that many checkpoints, each of them the weights and two moments of
+        each in fp32, and the result."""
+        there = sum(path.stat().st_size for path in (self.out / "checkpoints").rglob("*.safetensors"))
+        needed = 12 * parameters * checkpoints + 4 * parameters - there
+        check_free_disk(self.out, needed, "use --keep 1, --save-every 0 or another --out")
+
+    # ---------------------------------------------------------------------------------------- checkpoints
+
+    @staticmethod
+    def step_of(checkpoint: Path) -> int:
+        """The step at which a checkpoint was written."""
+        return int(checkpoint.name.removeprefix("step-"))
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint at `step`."""
+        return self.out / "checkpoints" / f"step-{step:06d}"
+
+    def checkpoints(self) -> list[Path]:
+        """The whole checkpoints of the run, oldest first; other names there are somebody else's."""
+        names = (self.out / "checkpoints").glob("step-*")
+        return sorted((path for path in names if re.fullmatch(r"step-\d{6,}", path.name)), key=self.step_of)
+
+    def drop_checkpoints(self, keep: int, best_step: int | None) -> None:
+        """Delete all but the newest `keep` checkpoints and the best one."""
+        for path in self.checkpoints()[:-keep]:
+            if self.step_of(path) != best_step:
+                remove(path)
+
+    # ------------------------------------------------------------------------ what a person wants to see
+
+    def save_inputs(self, pictures: dict[str, Image.Image]) -> None:
+        """Show what the model sees: is the subject in the middle, and whole?"""
+        with written_whole(self.out / "inputs.png") as temporary:
+            save_png(grid(list(pictures.values()), min(len(pictures), 5)), temporary, ", ".join(pictures))
+
+    def open_log(self, step: int, tracker: str | None, settings: Any) -> None:
+        """Open metrics.jsonl to append to, cut back to what a checkpoint at `step` knows of, and the tracker."""
+        path = self.out / "metrics.jsonl"
+        lines = path.read_text().splitlines()[:step] if path.exists() else []  # one a step, the last perhaps in half
+        with written_whole(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in lines))
+        self.metrics = path.open("a")
+        self.track = open_tracker(tracker, self.out, settings, step)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Note the numbers of a step."""
+        self.metrics.write(json.dumps({"step": step, **values}) + "\n")
+        self.metrics.flush()
+        self.track(values, step)
+
+    def preview(self, sd: StableDiffusion, prompts: list[str], step: int,
+                autocast: Callable[[], AbstractContextManager]) -> None:
+        """A grid of pictures from the same noise each time. Whatever goes wrong here must not end the training."""
+        try:
+            sd.vae.to(sd.device)
+            with autocast():
+                images = sd.generate(prompts)
+            with written_whole(self.out / "samples" / f"step-{step:06d}.png") as temporary:
+                save_png(grid(images, len(images)), temporary, " | ".join(prompts))
+        except (RuntimeError, InputError) as error:  # out of memory is a RuntimeError
+            tqdm.write(f"no preview this time: {error}", file=sys.stderr)
+        finally:
+            sd.vae.to("cpu")
+
+    def report(self) -> None:
+        """Make report.html anew. Whatever goes wrong here must not end the training."""
+        try:
+            write_report(self.out)
+        except Exception as error:
+            tqdm.write(f"no report this time: {error}", file=sys.stderr)
+
+
+def open_tracker(name: str | None, out: Path, settings: Any, step: int) -> Callable[[dict[str, float], int], None]:
+    """A function (values, step) that logs to tensorboard or wandb, or does nothing where neither is asked for."""
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
+
+        def log(values: dict[str, float], step: int) -> None:
+            for key, value in values.items():
+                writer.add_scalar(key, value, step)
+            writer.flush()  # however the run ends, its curves are there
+
+        return log
+    if name == "wandb":
+        import wandb
+        known = out / "wandb-run"  # a resumed run goes on in the same place
+        run = wandb.init(project="tinydb", dir=out, name=out.name, config=asdict(settings), resume="allow",
+                         id=known.read_text() if step and known.exists() else None)
+        known.write_text(run.id)
+        return lambda values, step: run.log(values, step=step)
+    return lambda values, step: None
+
+
+def memory_plan(unet: int, text_encoder: int, freeze_text: bool, dtype: torch.dtype, recompute: bool) -> str:
+    """What training holds, by arithmetic on the numbers of parameters: fp32 weights; gradients and AdamW's two moments
+    of those that are trained; autocast's copies, which the backward pass needs unless it recomputes."""
+    total, trained = unet + text_encoder, unet + (0 if freeze_text else text_encoder)
+    copies = 0 if dtype == torch.float32 or recompute else dtype.itemsize * total
+    sizes = {"weights": 4 * total, "gradients": 4 * trained, "optimizer": 8 * trained, "low-precision copies": copies}
+    in_all = sizes["weights"] + sizes["optimizer"] + max(sizes["gradients"], copies)  # they come one after the other
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items() if size)
+    return f"memory in GB: {parts}; at once {in_all / 1e9:.2f}, and activations"

@@ -28,7 +28,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -36,11 +35,11 @@ from tqdm import tqdm
 
 import tinydb
 from tinydb import cli
-from tinydb.class_images import class_images_key, class_prompt, make_class_images
+from tinydb.class_images import ClassImages, class_prompt
 from tinydb.cli import option
 from tinydb.clip import EncoderLayer
 from tinydb.config import Checked, InputError, Recipe, read_json, require, write_json
-from tinydb.data import Batch, Latents, fit, open_picture, pictures_digest, random_batch, read_pictures
+from tinydb.data import Batch, Latents, pictures_digest, random_batch, read_pictures
 from tinydb.layers import ResnetBlock2D
 from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, choose_device, choose_dtype
 from tinydb.report import sample_command
@@ -248,17 +247,6 @@ def start_processes(name: str) -> tuple[int, int, torch.device]:
     return rank, world_size, device
 
 
-def read_inputs(settings: Settings, size: int) -> tuple[dict[str, Image.Image], dict[str, Image.Image], list[str]]:
-    """Your pictures of the subject and, from --class-dir, of its class, by file name; and remarks on unusable files."""
-    instance_pictures, remarks = read_pictures(Path(settings.images), size)
-    require(bool(instance_pictures),
-            f"--images {settings.images}: no picture in it; expected JPEG or PNG files. {'; '.join(remarks)}")
-    if settings.class_dir is None:
-        return instance_pictures, {}, remarks
-    class_pictures, class_remarks = read_pictures(Path(settings.class_dir), size)
-    return instance_pictures, class_pictures, remarks + class_remarks
-
-
 def main(settings: Settings) -> None:
     rank, world_size, device = start_processes(settings.device)
     dtype = choose_dtype(settings.precision, device)
@@ -269,39 +257,36 @@ def main(settings: Settings) -> None:
     weights = Path(settings.weights)
     sd = tinydb.load(weights, device)
     settings = settings.resolve(sd.info.recipe)
-    run, stop = Run(Path(settings.out)), StopSignal(rank)
+    run = Run(Path(settings.out))
 
-    # The pictures, and the prompts under which they are learnt. The first process claims OUT, the others wait for it.
-    instance_pictures, own_pictures, remarks = read_inputs(settings, sd.resolution)
+    # Your pictures, and the prompts under which pictures are learnt.
+    instance_images, remarks = read_pictures(Path(settings.images), sd.resolution)
+    require(bool(instance_images),
+            f"--images {settings.images}: no picture in it; expected JPEG or PNG files. {'; '.join(remarks)}")
     prompts = [f"a photo of {settings.identifier} {settings.class_noun}", class_prompt(settings.class_noun)]
     remarks += [f"{prompt!r} is too long for the text encoder, which will not see: {dropped!r}"
                 for prompt in prompts if (dropped := sd.tokenizer.dropped(prompt))]
-    key = class_images_key(sd, prompts[1], settings.seed, weights)
+    prior = ClassImages(sd, weights, prompts[1], settings.seed)
+    if settings.class_dir:
+        remarks += prior.bring(Path(settings.class_dir))
+
+    # OUT belongs to this run from here on. The first process claims it, the others wait for that.
     if rank == 0:
         run.claim(settings, {"world_size": world_size, "device": device.type, "precision": str(dtype),
-                             "pictures": pictures_digest([*instance_pictures.values(), *own_pictures.values()]),
-                             "model": key})
-        run.save_inputs(instance_pictures)
-        unet_size, text_size = (sum(p.numel() for p in part.parameters()) for part in (sd.unet, sd.text_encoder))
-        # the best checkpoint and one under way, besides those to keep
-        run.check_disk(unet_size + text_size, settings.keep + 2 if settings.save_every else 1)
-        print(*remarks, memory_plan(unet_size, text_size, settings.freeze_text, dtype, settings.recompute), sep="\n",
-              file=sys.stderr)
+                             "pictures": pictures_digest([*instance_images.values(), *prior.own]), "model": prior.key})
+        run.check_disk(sd, settings)
+        run.save_inputs(instance_images)
+        print(*remarks, memory_plan(sd, settings, dtype), sep="\n", file=sys.stderr)
     if world_size > 1:
         dist.barrier()
         require((run.out / "config.json").exists(),
                 f"{run.out} is not visible to process {rank}; put it on a shared disk")
 
     # The class pictures: what the model now draws for the class, to hold it to that.
-    image_sets = [list(instance_pictures.values())]
+    stop, image_sets = StopSignal(rank), [list(instance_images.values())]
     if settings.prior_weight > 0:
-        class_images = list(own_pictures.values())[: settings.class_images]
-        folder = Path(settings.class_dir or run.out / "class_images") / key
-        paths = [folder / f"{i:05d}.png" for i in range(settings.class_images - len(class_images))]
-        make_class_images(sd, prompts[1], paths, weights, dtype, settings.seed, rank, world_size, stop)
-        if stop.asked_anywhere(device):  # all ranks wait here for one another
-            raise stop.stopped()
-        image_sets.append(class_images + [fit(open_picture(path), sd.resolution) for path in paths])
+        folder = Path(settings.class_dir or run.out / "class_images")
+        image_sets.append(prior.images(folder, settings.class_images, dtype, rank, world_size, stop))
     with autocast():
         sets = [Latents.of(images, sd.vae, device) for images in image_sets]
     sd.vae.to("cpu")  # every picture is encoded now; previews bring it back for a moment

@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
+from tinydb.data import fit, open_picture, read_pictures
 from tinydb.pictures import describe, save_png
 from tinydb.pipeline import LAST_SEED, StableDiffusion, load
+from tinydb.run import StopSignal
 from tinydb.storage import fingerprint, written_whole
 
 GROUP = 8  # pictures drawn together; fixed, since it decides their last bit
@@ -18,35 +21,58 @@ def class_prompt(noun: str) -> str:
     return f"a photo of {'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
 
 
-def class_images_key(sd: StableDiffusion, prompt: str, seed: int, weights: Path) -> str:
-    """A name for the pictures that these settings and this model make, so that no other run's are taken for them."""
-    recipe = sd.info.recipe
-    return fingerprint(weights, json.dumps([prompt, sd.resolution, sd.schedule.config.to_dict(), recipe.class_steps,
-                                            recipe.class_guidance, seed, GROUP]))
+class ClassImages:
+    """The pictures of one class prompt by one model, picture i from seed + i; some of them may be yours instead.
 
-
-def make_class_images(sd: StableDiffusion, prompt: str, paths: list[Path], weights: Path, dtype: torch.dtype, seed: int,
-                      rank: int, world_size: int, stop: "StopSignal") -> None:
-    """Draw those of `paths` that are not there yet, picture i from seed + i, until the user asks to stop.
-
-    Groups of consecutive pictures go to the ranks in turn: the files are the same for any number of ranks. `weights` is
-    the folder of `sd`; in a lower precision `dtype` it is opened again, in half the bytes, which is faster than
-    autocast.
+    `key` names what a model in the folder `weights` draws under these settings, so that no other run's pictures are
+    taken for it.
     """
-    groups = [range(i, min(i + GROUP, len(paths))) for i in range(0, len(paths), GROUP)]
-    groups = [group for group in groups[rank::world_size] if not all(paths[i].exists() for i in group)]
-    if groups and dtype != sd.dtype:
-        sd = load(weights, sd.device, dtype)
-    steps, guidance_scale = sd.info.recipe.class_steps, sd.info.recipe.class_guidance
-    with tqdm(total=sum(map(len, groups)), desc=f"class images, {prompt!r}", unit="picture",
-              disable=rank > 0 or not groups) as progress:
+
+    def __init__(self, sd: StableDiffusion, weights: Path, prompt: str, seed: int):
+        self.sd, self.weights, self.prompt, self.seed = sd, weights, prompt, seed
+        self.own: list[Image.Image] = []
+        recipe = sd.info.recipe
+        self.key = fingerprint(weights, json.dumps([prompt, sd.resolution, sd.schedule.config.to_dict(),
+                                                    recipe.class_steps, recipe.class_guidance, seed, GROUP]))
+
+    def bring(self, folder: Path) -> list[str]:
+        """Take the pictures in a folder of yours; a line on each file that cannot be used."""
+        pictures, remarks = read_pictures(folder, self.sd.resolution)
+        self.own = list(pictures.values())
+        return remarks
+
+    def images(self, folder: Path, count: int, dtype: torch.dtype, rank: int, world_size: int,
+               stop: StopSignal) -> list[Image.Image]:
+        """`count` pictures: yours, and the rest from `folder`/key, where missing ones are drawn first by all ranks.
+
+        Raises Stopped, in all ranks, where the user asked any of them to stop meanwhile.
+        """
+        own = self.own[:count]
+        paths = [folder / self.key / f"{i:05d}.png" for i in range(count - len(own))]
+        self.draw(paths, dtype, rank, world_size, stop)
+        if stop.asked_anywhere(self.sd.device):  # all ranks wait here for one another
+            raise stop.stopped()
+        return own + [fit(open_picture(path), self.sd.resolution) for path in paths]
+
+    def draw(self, paths: list[Path], dtype: torch.dtype, rank: int, world_size: int, stop: StopSignal) -> None:
+        """Draw those of `paths` that are not there yet. Groups of consecutive pictures go to the ranks in turn, so the
+        files are the same for any number of ranks."""
+        groups = [range(i, min(i + GROUP, len(paths))) for i in range(0, len(paths), GROUP)]
+        groups = [group for group in groups[rank::world_size] if not all(paths[i].exists() for i in group)]
+        sd, recipe = self.sd, self.sd.info.recipe
+        if groups and dtype != sd.dtype:  # all of it in half the bytes, which is faster than autocast
+            sd = load(self.weights, sd.device, dtype)
+        progress = tqdm(total=sum(map(len, groups)), desc=f"class images, {self.prompt!r}", unit="picture",
+                        disable=rank > 0 or not groups)
         for group in groups:
             if stop.asked:
                 break
-            first = (seed + group[0]) % (LAST_SEED + 1)
-            images = sd.generate([prompt] * len(group), steps=steps, guidance_scale=guidance_scale, seed=first)
+            images = sd.generate([self.prompt] * len(group), steps=recipe.class_steps,
+                                 guidance_scale=recipe.class_guidance, seed=(self.seed + group[0]) % (LAST_SEED + 1))
             for i, image in zip(group, images):
-                about = describe(prompt, "", Steps=steps, Sampler="DDIM", Seed=seed + i, **{"CFG scale": guidance_scale})
+                about = describe(self.prompt, "", Steps=recipe.class_steps, Sampler="DDIM", Seed=self.seed + i,
+                                 **{"CFG scale": recipe.class_guidance})
                 with written_whole(paths[i]) as temporary:
                     save_png(image, temporary, about)
             progress.update(len(group))
+        progress.close()

@@ -61,16 +61,16 @@ def check_field(f: Field, value: Any) -> None:
     require(right_type and (bool in kinds or not isinstance(value, bool)),
             f"{label(f)} {value!r}: expected {' or '.join(kind.__name__ for kind in kinds if kind is not type(None))}")
 
-    least, above, most = (f.metadata.get(name, limit) for name, limit in
-                          (("least", -math.inf), ("above", -math.inf), ("most", math.inf)))
-    bounds = [f"{least} or more"] * math.isfinite(least) + [f"more than {above}"] * math.isfinite(above)
-    bounds += [f"at most {most}"] * math.isfinite(most)
+    bounds = {"least": "{} or more", "above": "more than {}", "most": "at most {}"}
+    expected = [text.format(f.metadata[name]) for name, text in bounds.items() if name in f.metadata]
+    least, above, most = (f.metadata.get(name) for name in bounds)
     choices = f.metadata.get("choices")
     for item in value if isinstance(value, tuple) else [value]:
-        if type(item) in (int, float):
-            require(math.isfinite(item) and least <= item <= most and (item > above or above == -math.inf),
-                    f"{label(f)} {value}: expected {' and '.join(bounds) or 'a finite number'}")
         require(not choices or item in choices, f"{label(f)} {value!r}: expected {' or '.join(choices or ())}")
+        if type(item) in (int, float):
+            inside = (math.isfinite(item) and (least is None or item >= least) and (above is None or item > above)
+                      and (most is None or item <= most))
+            require(inside, f"{label(f)} {value}: expected {' and '.join(expected) or 'a finite number'}")
 
 
 @dataclass(frozen=True)

@@ -12,64 +12,41 @@ from typing import Any
 from PIL import Image
 
 from tinydb.config import read_json
-from tinydb.tokenizer import PLACEHOLDER
 from tinydb.storage import written_whole
-
-Curve = list[tuple[int, float]]  # steps and losses
+from tinydb.tokenizer import PLACEHOLDER
 
 PREVIEWS = 12  # at most on the page: one of Stable Diffusion's size is 2 MB
 POINTS = 1000  # at most on a curve: one or two in a pixel
+CURVES = ("instance_loss", "prior_loss", "validation_loss")  # the names in metrics.jsonl are those of the style below
 
 STYLE = """
-:root { color-scheme: light dark; --page: #fff; --box: #f5f5f2; --rule: #e4e4e0; --faint: #686e76; --ink: #1d1f23;
-        --instance: #c8500a; --prior: #1c6dc0; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #16181b; --box: #22252a; --rule: #32353a; --faint: #9a9fa7; --ink: #e7e7e3;
-          --instance: #ff9a52; --prior: #6cb2ff; } }
-body { max-width: 54rem; margin: 0 auto; padding: 2rem 1rem 4rem; background: var(--page); color: var(--ink);
-       font: 1rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-h1 { margin: 0; font-size: 1.75rem; line-height: 1.2; }
+:root { color-scheme: light dark; --instance_loss: #c8500a; --prior_loss: #1c6dc0; --validation_loss: #777; }
+body { max-width: 54rem; margin: 0 auto; padding: 2rem 1rem 4rem; font: 1rem/1.5 system-ui, sans-serif;
+       font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+h1 { margin: 0; font-size: 1.75rem; }
 h2 { margin: 2.5rem 0 .25rem; font-size: 1.125rem; }
-p { margin: .25rem 0 .5rem; }
-.note, th, dt { color: var(--faint); font-size: .8125rem; font-weight: normal; }
-progress { width: 100%; accent-color: var(--instance); }
-code { display: block; padding: .75rem 1rem; border-radius: .375rem; background: var(--box); user-select: all;
-       font: .875rem/1.5 ui-monospace, monospace; }
-img { display: block; width: 100%; border-radius: .25rem; }
-table { width: 100%; table-layout: fixed; border-spacing: 0 .375rem; }
-td { padding: 0; }
-th { padding: 0 .25rem; line-height: 1.3; }
-th:first-child { width: 4rem; padding: 0; text-align: left; }
-.legend { display: flex; flex-wrap: wrap; gap: 0 1.5rem; margin: .5rem 0; padding: 0; list-style: none;
-          font-size: .875rem; }
-.legend li::before { content: ""; display: inline-block; width: 1.25rem; margin-right: .5rem; vertical-align: middle;
-                     border-top: 3px solid var(--line); }
-.instance_loss { --line: var(--instance); }
-.prior_loss { --line: var(--prior); }
-.validation_loss { --line: var(--ink); }
-.plot { padding: 1.5rem 1rem 3rem 2.5rem; font-size: .75rem; }
-.plot > svg { display: block; width: 100%; height: 16rem; overflow: visible; }
-line { stroke: var(--rule); }
-text { fill: var(--faint); text-anchor: middle; }
-.level { text-anchor: end; }
-polyline { fill: none; stroke: var(--line); stroke-width: 2.5; stroke-linejoin: round;
-           vector-effect: non-scaling-stroke; }
-.each { stroke-width: 1; opacity: .3; }
-circle { fill: var(--line); }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(19rem, 1fr)); gap: 0 2rem; margin: .5rem 0; }
-dl div { display: flex; justify-content: space-between; gap: 1rem; padding: .25rem 0;
-         border-bottom: 1px solid var(--rule); }
-dt { flex: none; }
-dd { margin: 0; font-size: .875rem; text-align: right; }
+progress, img, table, svg { width: 100%; }
+img { display: block; border-radius: .25rem; }
+code { display: block; padding: .75rem 1rem; background: #8882; user-select: all; }
+table { table-layout: fixed; }
+th { font-size: .8125rem; font-weight: normal; }
+th:first-child { width: 4rem; text-align: left; }
+.note, .level { opacity: .65; font-size: .8125rem; }
+.plot { padding: 1rem 1rem 2.5rem 2.5rem; }
+svg { display: block; height: 16rem; overflow: visible; fill: currentColor; font-size: .75rem; }
+polyline { fill: none; stroke-width: 2.5; vector-effect: non-scaling-stroke; }
+polyline.each { stroke-width: 1; opacity: .3; }
+dl { columns: 19rem; }
+dl div { display: flex; justify-content: space-between; gap: 1rem; border-bottom: 1px solid #8884; }
+dd { margin: 0; text-align: right; }
 """
 
 
 def write_report(out: Path) -> None:
     """Write `out`/report.html from what a run has put into its folder `out` so far, finished or not.
 
-    The page holds inputs.png and the previews as they are; of these the newest and, before it, every one, or every
-    second, third, ... so that there are at most PREVIEWS. It tells no time, and where `out` is only if that is a
-    relative path: the same run gives the same bytes. InputError where `out` holds no run or cannot be written to.
+    The page tells no time, and where `out` is only if that is a relative path: the same run gives the same bytes.
+    InputError where `out` holds no run or cannot be written to.
     """
     config, metrics = read_json(out / "config.json"), read_metrics(out / "metrics.jsonl")
     steps, done = config["steps"], metrics[-1]["step"] if metrics else 0
@@ -110,7 +87,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 def sample_command(weights: Path, class_noun: str) -> str:
     """The line for a shell that draws the subject with a model folder."""
-    return f'python sample.py "{PLACEHOLDER} {class_noun} on the moon" --weights {quote(weights.as_posix())}'
+    return f"python sample.py {quote(f'{PLACEHOLDER} {class_noun} on the moon')} --weights {quote(weights.as_posix())}"
 
 
 def command(out: Path, class_noun: str, finished: bool) -> str:
@@ -118,9 +95,8 @@ def command(out: Path, class_noun: str, finished: bool) -> str:
     saved = [out / "model"] if finished else sorted((out / "checkpoints").glob("step-*"))
     if not saved:
         return '<p class="note">Nothing is saved yet.</p>'
-    path, remark = saved[-1], ""
-    if out.is_absolute():
-        path, remark = "OUT" / path.relative_to(out), '<p class="note">OUT is the folder of this page.</p>'
+    path = "OUT" / saved[-1].relative_to(out) if out.is_absolute() else saved[-1]
+    remark = '<p class="note">OUT is the folder of this page.</p>' if out.is_absolute() else ""
     return f"<code>{escape(sample_command(path, class_noun))}</code>{remark}"
 
 
@@ -136,81 +112,54 @@ def parameters(path: Path) -> str:
 
 
 def previews(folder: Path, done: int) -> str:
-    """The grids in `folder`, a row for each step and a column for each prompt; none that a resumed run will redraw."""
-    paths = {int(path.stem.removeprefix("step-")): path for path in folder.glob("step-*.png")}
-    drawn = sorted((step for step in paths if step <= done), reverse=True)
+    """The grids in `folder`, a row for each step and a column for each prompt; not those that a resumed run draws
+    again. Of many, every second, third, ... from the newest."""
+    drawn = sorted((path for path in folder.glob("step-*.png") if path.stem <= f"step-{done:06d}"), reverse=True)
     if not drawn:
         return '<p class="note">None yet; --sample-every N draws them.</p>'
-    shown = drawn[:: math.ceil(len(drawn) / PREVIEWS)]
-    remark = "" if shown == drawn else f" Here are {len(shown)} of {len(drawn)}; samples/ has them all."
-    prompts = parameters(paths[shown[0]]).split(" | ")
+    prompts = parameters(drawn[0]).split(" | ")
     rows = [f"<tr><th>step{''.join(f'<th>{escape(prompt)}' for prompt in prompts)}"]
-    for step in shown:
-        rows.append(f'<tr><th>{step}<td colspan="{len(prompts)}">{picture(paths[step], f"Previews at step {step}")}')
-    return "\n".join([f'<p class="note">From the same noise each time, the newest first.{remark}</p>',
-                      "<table>", *rows, "</table>"])
-
-
-def smoothed(metrics: list[dict[str, float]], name: str) -> tuple[Curve, Curve]:
-    """A loss at each step (groups of them beyond POINTS), and its mean over the tenth of all steps around each."""
-    size = math.ceil(len(metrics) / POINTS)
-    groups = [metrics[i : i + size] for i in range(0, len(metrics), size)]
-    steps = [group[-1]["step"] for group in groups]
-    each = [fmean(line[name] for line in group) for group in groups]
-    reach = len(each) // 20
-    means = [fmean(each[max(0, i - reach) : i + reach + 1]) for i in range(len(each))]
-    return list(zip(steps, each)), list(zip(steps, means))
-
-
-def ticks(end: float) -> list[float]:
-    """Round numbers at even distances from 0 to the first that is not below `end`: four to six of them."""
-    unit = 10 ** math.floor(math.log10(end / 5))
-    distance = next(unit * factor for factor in (1, 2, 5, 10) if 5 * unit * factor >= end)
-    return [i * distance for i in range(math.ceil(end / distance) + 1)]
+    for path in drawn[:: math.ceil(len(drawn) / PREVIEWS)]:
+        step = int(path.stem.removeprefix("step-"))
+        rows.append(f'<tr><th>{step}<td colspan="{len(prompts)}">{picture(path, f"Previews at step {step}")}')
+    note = f"From the same noise each time, the newest first. samples/ has all {len(drawn)}."
+    return "\n".join([f'<p class="note">{note}</p>', "<table>", *rows, "</table>"])
 
 
 def loss_plot(metrics: list[dict[str, float]], steps: int) -> str:
-    """The losses over a run of `steps` steps.
+    """The losses over a run of `steps` steps: light, each step (groups of them beyond POINTS), and strong, the mean of
+    the tenth of all steps around it.
 
-    The curves have the units of the data (x is the step, y minus the loss) and are stretched to the width of the page;
-    all around them is placed in percent, so that text and lines are as large on a telephone as on a desk.
+    The curves have the units of the data (x is the step, y minus the loss) and are stretched to the width of the page.
     """
-    light, strong = {}, {}
-    for name in ("instance_loss", "prior_loss"):
-        if name in metrics[0]:
-            light[name], strong[name] = smoothed(metrics, name)
-    validation = [(line["step"], line["validation_loss"]) for line in metrics if "validation_loss" in line]
-    if validation:
-        strong["validation_loss"] = validation
-    levels = ticks(1.1 * max(loss for curve in strong.values() for _, loss in curve))
-    top = levels[-1]  # single steps may lie above: they are cut off
-
-    around = []
-    for level in levels:
-        y = f"{100 - 100 * level / top:g}%"
-        around.append(f'<line x2="100%" y1="{y}" y2="{y}"/><text class="level" x="-8" y="{y}" dy="4">{level:g}</text>')
-    for step in ticks(steps):
-        if step <= steps:
-            around.append(f'<text x="{100 * step / steps:g}%" y="100%" dy="20">{step:g}</text>')
-    curves = [f'<polyline class="{name} {kind}" points="{" ".join(f"{step},{-loss:.4g}" for step, loss in curve)}"/>'
-              for kind, group in (("each", light), ("mean", strong)) for name, curve in group.items()]
-    dots = [f'<circle class="validation_loss" cx="{100 * step / steps:g}%" cy="{100 - 100 * loss / top:g}%" r="3"/>'
-            for step, loss in validation]
-    legend = [f'<li class="{name}">{name.replace("_", " ")} {curve[-1][1]:.3g}</li>' for name, curve in strong.items()]
+    curves, legend, top = [], [], 0.0
+    for name in CURVES:
+        points = [(line["step"], line[name]) for line in metrics if name in line]
+        if not points:
+            continue
+        size = math.ceil(len(points) / POINTS)
+        groups = [points[i : i + size] for i in range(0, len(points), size)]
+        each = [(group[-1][0], fmean(loss for _, loss in group)) for group in groups]
+        reach = len(each) // 20
+        mean = [(step, fmean(loss for _, loss in each[max(0, i - reach) : i + reach + 1]))
+                for i, (step, _) in enumerate(each)]
+        for kind, curve in (("each", each), ("mean", mean)):
+            line = " ".join(f"{step},{-loss:.4g}" for step, loss in curve)
+            curves.append(f'<polyline class="{kind}" stroke="var(--{name})" points="{line}"/>')
+        legend.append(f'<b style="color: var(--{name})">{name.replace("_", " ")} {mean[-1][1]:.3g}</b>')
+        top = max(top, 1.1 * max(loss for _, loss in mean))  # single steps may lie above
+    levels = [f'<text class="level" x="-40" y="{100 - 25 * i}%">{top * i / 4:.2g}</text>' for i in range(5)]
+    marks = [f'<text class="level" x="{25 * i}%" y="100%" dy="20">{steps * i / 4:.0f}</text>' for i in range(5)]
     return "\n".join([
-        '<ul class="legend">', *legend, "</ul>",
-        '<div class="plot"><svg role="img" aria-label="Losses over steps">', *around,
-        '<text x="50%" y="100%" dy="40">step</text><text class="level" x="-8" dy="-14">loss</text>',
-        f'<svg viewBox="0 {-top:g} {steps} {top:g}" preserveAspectRatio="none">', *curves, "</svg>",
-        *dots, "</svg></div>",
-        '<p class="note">Light: step by step. Strong: the mean around a step. Validation: both losses together, on '
-        "noise that stays the same.</p>"])
+        f'<p>{", ".join(legend)}</p>', '<div class="plot"><svg role="img" aria-label="Losses over steps">',
+        *levels, *marks, f'<svg viewBox="0 {-top:g} {steps} {top:g}" preserveAspectRatio="none">', *curves,
+        "</svg></svg></div>", '<p class="note">Light: step by step. Strong: the mean around a step. Validation: both '
+        "losses together, on noise that stays the same.</p>"])
 
 
 def settings_list(config: dict[str, Any]) -> str:
     """The entries of config.json but for `out`: this page lies there, wherever that is moved."""
     entries = config | {f"run: {name}": value for name, value in config["run"].items()}
-    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in entries.items()
-             if name not in ("out", "run")}
-    rows = [f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in texts.items()]
+    rows = [f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>" for name, value in entries.items()
+            if name not in ("out", "run")]
     return "\n".join(["<dl>", *rows, "</dl>"])

@@ -100,12 +100,14 @@ class Run:
         for name, then, now in pairs:
             require(then == now, f"--resume: {name} was {then!r} and is now {now!r}; give what it was, or another --out")
 
-    def check_disk(self, parameters: int, checkpoints: int) -> None:
-        """InputError where the disk cannot hold that many checkpoints, each of them the weights and two moments of
-        each in fp32, and the result."""
+    def check_disk(self, sd: StableDiffusion, settings: Any) -> None:
+        """InputError where the disk cannot hold the checkpoints, each of them the weights and two moments of each in
+        fp32, and the result."""
+        parameters = sum(p.numel() for part in (sd.unet, sd.text_encoder) for p in part.parameters())
+        checkpoints = settings.keep + 2 if settings.save_every else 1  # the best one, and one under way
         there = sum(path.stat().st_size for path in (self.out / "checkpoints").rglob("*.safetensors"))
-        needed = 12 * parameters * checkpoints + 4 * parameters - there
-        check_free_disk(self.out, needed, "use --keep 1, --save-every 0 or another --out")
+        check_free_disk(self.out, 12 * parameters * checkpoints + 4 * parameters - there,
+                        "use --keep 1, --save-every 0 or another --out")
 
     # ---------------------------------------------------------------------------------------- checkpoints
 
@@ -195,11 +197,12 @@ def open_tracker(name: str | None, out: Path, settings: Any, step: int) -> Calla
     return lambda values, step: None
 
 
-def memory_plan(unet: int, text_encoder: int, freeze_text: bool, dtype: torch.dtype, recompute: bool) -> str:
+def memory_plan(sd: StableDiffusion, settings: Any, dtype: torch.dtype) -> str:
     """What training holds, by arithmetic on the numbers of parameters: fp32 weights; gradients and AdamW's two moments
     of those that are trained; autocast's copies, which the backward pass needs unless it recomputes."""
-    total, trained = unet + text_encoder, unet + (0 if freeze_text else text_encoder)
-    copies = 0 if dtype == torch.float32 or recompute else dtype.itemsize * total
+    unet, text_encoder = (sum(p.numel() for p in part.parameters()) for part in (sd.unet, sd.text_encoder))
+    total, trained = unet + text_encoder, unet if settings.freeze_text else unet + text_encoder
+    copies = 0 if dtype == torch.float32 or settings.recompute else dtype.itemsize * total
     sizes = {"weights": 4 * total, "gradients": 4 * trained, "optimizer": 8 * trained, "low-precision copies": copies}
     in_all = sizes["weights"] + sizes["optimizer"] + max(sizes["gradients"], copies)  # they come one after the other
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items() if size)

@@ -12,37 +12,35 @@ precision that they have on disk, unless --half.
 
 import json
 import re
-import shutil
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Event, Thread
 
 import torch
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
 from safetensors import safe_open
 from torch import Tensor
-from tqdm import tqdm
 
-from tinydb.config import (InputError, ModelInfo, Parser, PartConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig,
-                           option, read_json, require)
+from tinydb import cli
+from tinydb.cli import option
+from tinydb.config import (Checked, InputError, ModelInfo, PartConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig,
+                           read_json, require)
 from tinydb.diffusion import NoiseSchedule
 from tinydb.pipeline import MODEL_INDEX, PARTS, StableDiffusion
-from tinydb.tokenizer import EOS, CLIPTokenizer
-from tinydb.weights import (WEIGHT_FILES, canonical_name, fit_model, read_tensors, refuse_pointer,
+from tinydb.storage import (WEIGHT_FILES, build_model, canonical_name, check_free_disk, read_tensors, refuse_pointer,
                             save_tensors, written_whole)
+from tinydb.tokenizer import EOS, CLIPTokenizer
 
 PREFIXES = {"text_encoder": "cond_stage_model.", "unet": "model.diffusion_model.", "vae": "first_stage_model."}
 
 # Our names, which are diffusers', and LDM's. The rows are applied in order, each to the beginning of a name; what no
-# row changes is the same in both. {i} is a level, {j} a block in it; `counted` works out what LDM counts differently.
-# RENAMES in tinydb/weights.py lists what LDM files hold besides, and drops it.
+# row changes is the same in both. {i} is a level, {j} a block in it; `ldm_numbers` works out what LDM counts differently.
+# RENAMES in tinydb/storage.py lists what LDM files hold besides, and drops it.
 TABLE = {
     "unet": {
         "{resnet}.norm1": "{resnet}.in_layers.0",
@@ -136,7 +134,7 @@ SD2 = replace(
     info=ModelInfo(base={"name": "Stable Diffusion 2.x", "license": "CreativeML Open RAIL++-M"}))
 
 
-def counted(config: UNetConfig | VAEConfig, i: int, j: int) -> dict[str, int]:
+def ldm_numbers(config: UNetConfig | VAEConfig, i: int, j: int) -> dict[str, int]:
     """The numbers of LDM's names for block `j` of level `i`: it counts the UNet's blocks through all levels, samplers
     among them, and the levels of the VAE's decoder from the finest."""
     blocks = config.layers_per_block + 1
@@ -159,7 +157,7 @@ def single_file_names(part: str, config: PartConfig) -> dict[str, list[str]]:
             if match:
                 places = match.groupdict()
                 if part != "text_encoder":
-                    places |= counted(config, int(places.get("i", 0)), int(places.get("j", 0)))
+                    places |= ldm_numbers(config, int(places.get("i", 0)), int(places.get("j", 0)))
                 name = template.format(**places) + places["rest"]
         names.setdefault(PREFIXES[part] + name, []).append(our_name)
     return names
@@ -395,29 +393,8 @@ def needed_files(repo: str, present: list[str]) -> list[str]:
     return files
 
 
-@contextmanager
-def progress(path: Path, total: int) -> Iterator[None]:
-    """A bar that follows how much of `total` bytes has reached the file or folder `path`."""
-    finished = Event()
-
-    def watch():
-        with tqdm(total=total, unit="B", unit_scale=True, desc="writing") as bar:
-            while not finished.wait(0.2):
-                files = [file for file in [path, *path.rglob("*")] if file.is_file()]
-                bar.update(min(sum(file.stat().st_size for file in files), total) - bar.n)
-            bar.update(total - bar.n)
-
-    thread = Thread(target=watch)
-    thread.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        thread.join()
-
-
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """The command line."""
 
     src: str = option(MISSING, "a checkpoint (.safetensors, .ckpt), a diffusers folder, or a hub id (owner/name)")
@@ -446,17 +423,14 @@ def main(settings: Settings):
     if settings.prediction:
         description = replace(description, schedule=replace(description.schedule, prediction_type=settings.prediction))
 
-    models = [fit_model(model_class, getattr(description, part), part, tensors[part], src)
+    models = [build_model(model_class, getattr(description, part), part, tensors[part], src)
               for part, (model_class, _) in PARTS.items()]
     sd = StableDiffusion(*models, description.tokenizer, NoiseSchedule(description.schedule), description.info)
     dtype = torch.float16 if settings.half else None
     size = sum(p.numel() * (2 if settings.half else p.itemsize) for model in models for p in model.parameters())
-    home = next(folder for folder in dst.absolute().parents if folder.exists())
-    free = shutil.disk_usage(home).free
-    require(free > size, f"{dst}: needs {size / 1e9:.1f} GB, {home} has {free / 1e9:.1f} GB free; make room, or use "
-                         "--half")
-
-    with written_whole(dst) as temporary, progress(temporary, size):
+    check_free_disk(dst, size, "use --half")
+    print(f"writing {size / 1e9:.2f} GB to {dst}", flush=True)
+    with written_whole(dst) as temporary:
         if dst.suffix == ".safetensors":
             save_tensors(to_single_file(sd), temporary, dtype, tinydb=pack(sd))
         else:
@@ -465,10 +439,4 @@ def main(settings: Settings):
 
 
 if __name__ == "__main__":
-    parser = Parser(Settings, __doc__.splitlines()[0])
-    try:
-        main(Settings(**vars(parser.parse_args())))
-    except InputError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "\n")
+    cli.run(main, Settings, __doc__, out_of_memory="Close other programs, or convert on a machine with more memory")

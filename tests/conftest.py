@@ -29,14 +29,18 @@ from torch import Tensor, nn
 
 import tinydb
 import train
-from tinydb.config import ModelInfo, Recipe, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, write_json
+from tinydb.config import (InputError, ModelInfo, Recipe, ScheduleConfig, TextConfig, UNetConfig, VAEConfig,
+                           write_json)
 
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
+ROOT = Path(__file__).parent.parent
 KINDS = ["sd1", "sd2", "tiny"]
+UNET, VAE = "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"
+TEXT = "text_encoder/model.safetensors"
 MERGES = [tuple(pair.split()) for pair in (
     "t h", "th e</w>", "o f</w>", "p h", "o t", "ph ot", "phot o</w>", "d o", "do g</w>", "c a", "ca t</w>",
     "r e", "re d</w>", "o h", "w x</w>", "oh wx</w>", "i n", "in g</w>", "' s</w>", "! !</w>", "Ã ©</w>")]
@@ -240,7 +244,7 @@ def command(tmp_path, one_thread, monkeypatch, capsys) -> Callable[..., tuple[in
     def run(script: str, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         try:
-            runpy.run_path(str(Path(train.__file__).with_name(script)), run_name="__main__")
+            runpy.run_path(str(ROOT / script), run_name="__main__")
             code = 0
         except SystemExit as end:
             code = end.code
@@ -248,6 +252,24 @@ def command(tmp_path, one_thread, monkeypatch, capsys) -> Callable[..., tuple[in
 
     monkeypatch.chdir(tmp_path)
     return run
+
+
+def refusal(action: Callable, *arguments: Any, **settings: Any) -> str:
+    """The text of the InputError that `action` raises: one line."""
+    with pytest.raises(InputError) as caught:
+        action(*arguments, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def metrics(out: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def names(folder: Path) -> list[str]:
+    """What is in a folder."""
+    return sorted(path.name for path in folder.iterdir())
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -24,15 +24,16 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import tinydb
-from tinydb.config import InputError, Parser, option, read_json, require, write_json
-from tinydb.data import fit, open_picture
+from tinydb import cli
+from tinydb.class_images import class_prompt
+from tinydb.cli import option
+from tinydb.config import Checked, ModelInfo, read_json, require, write_json
+from tinydb.data import read_pictures
 from tinydb.pictures import grid, to_pixels
 from tinydb.pipeline import StableDiffusion, choose_device
-from tinydb.weights import written_whole
-from train import class_images_key
+from tinydb.storage import fingerprint, written_whole
 from judge import ATTRIBUTES, Judge, draw_batch, load_judge
-from world import (COLORS, PLACES, SUBJECTS, Scene, Subject, compose, full_caption, phrase, render, sample_scene,
-                   scene_look)
+from world import COLORS, PLACES, SUBJECTS, Scene, Subject, compose, full_caption, render, sample_scene, scene_look
 
 Similarity = Callable[[list[Image.Image], list[Image.Image]], Tensor]  # N and M pictures -> (N, M)
 
@@ -44,12 +45,12 @@ CLASS_PICTURES = 16
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """The command line."""
 
     weights: str = option(str(ROOT / "weights" / "tiny"), "model folder to evaluate")
     out: str = option("runs/evaluate", "folder for pictures, and for the results of the study")
-    guidance: float | None = option(None, "of the composition's pictures (default: the model's recipe)", type=float)
+    guidance: float | None = option(None, "of the composition's pictures (default: the model's recipe)")
     quick: bool = option(False, "a fifth of the prompts; two of the subjects")
     dreambooth: bool = option(False, "the study of DreamBooth instead of composition")
 
@@ -146,6 +147,11 @@ def shows_subject(judge: Judge, similarity: Similarity, images: list[Image.Image
     return right | {"all": torch.stack(list(right.values())).all(0)}
 
 
+def subject_folder(name: str) -> Path:
+    """Where the pictures of a subject are."""
+    return ROOT / "weights" / "subjects" / name
+
+
 def measure(judge: Judge, similarity: Similarity, name: str, images: list[Image.Image],
             class_images: list[Image.Image]) -> dict[str, float]:
     """What the DreamBooth paper measures (arXiv 2208.12242, tables 1 and 3), of pictures of a subject, as many for each
@@ -158,8 +164,7 @@ def measure(judge: Judge, similarity: Similarity, name: str, images: list[Image.
     """
     subject, prompts = SUBJECTS[name], study_prompts(SUBJECTS[name])
     wanted = [values for _, values in prompts for _ in range(len(images) // len(prompts))]
-    files = sorted((ROOT / "weights" / "subjects" / name).glob("*.png"))
-    photographs = [fit(open_picture(file), images[0].width) for file in files]
+    photographs = list(read_pictures(subject_folder(name), images[0].width)[0].values())
 
     recoloured = torch.tensor(["color" in values for values in wanted])
     fidelity = shows_subject(judge, similarity, images, subject)
@@ -178,10 +183,10 @@ def measure(judge: Judge, similarity: Similarity, name: str, images: list[Image.
 
 def draw_taught(folder: Path, name: str, per_prompt: int) -> tuple[list[Image.Image], list[Image.Image]]:
     """What a model that was taught a subject draws of it, and of its class."""
-    subject, sd = SUBJECTS[name], tinydb.load(folder, choose_device("auto", "fp32")[0])
+    subject, sd = SUBJECTS[name], tinydb.load(folder, choose_device("auto"))
     prompts = [prompt for prompt, _ in study_prompts(subject) for _ in range(per_prompt)]
     return (draw(sd, prompts, None, f"{name}, {folder.name}"),
-            draw(sd, [f"a photo of {phrase(subject.noun)}"] * CLASS_PICTURES, None, f"a {subject.noun}"))
+            draw(sd, [class_prompt(subject.noun)] * CLASS_PICTURES, None, f"a {subject.noun}"))
 
 
 def draw_real(name: str) -> tuple[list[Image.Image], list[Image.Image]]:
@@ -195,64 +200,83 @@ def draw_real(name: str) -> tuple[list[Image.Image], list[Image.Image]]:
     return images, [render(replace(sample_scene(rng), noun=subject.noun), rng) for _ in range(CLASS_PICTURES)]
 
 
-def study(settings: Settings, judge: Judge, out: Path) -> None:
-    """Teach each subject in each way, measure, print. Results are kept as they come; models are not."""
-    weights, path, similarity = Path(settings.weights), out / "results.json", similarity_to(judge)
-    sd = tinydb.load(weights)
-    recipe, model = sd.info.recipe, class_images_key(sd, "", 0, weights)
-    kept = read_json(path) if path.exists() else {"model": model, "recipe": asdict(recipe), "rows": {}}
-    require(kept["model"] == model and kept["recipe"] == asdict(recipe),
-            f"{path} has the results of another model or recipe; give another --out")
-    results: dict[str, dict[str, float]] = kept["rows"]
-    names = list(SUBJECTS)[: 2 if settings.quick else None]
+def run_script(script: str, *arguments: object) -> None:
+    """Run a script as a user does. What it prints goes to stderr: stdout is for the tables."""
+    subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], check=True, stdout=sys.stderr)
 
-    def note(row: str, name: str, images: list[Image.Image], class_images: list[Image.Image]) -> None:
+
+class Study:
+    """Teaches subjects in several ways and measures the results. Numbers and pictures are kept in OUT as they come, so
+    that the same command continues; models are not kept."""
+
+    def __init__(self, weights: Path, out: Path, judge: Judge):
+        self.weights, self.out, self.judge, self.similarity = weights, out, judge, similarity_to(judge)
+        self.recipe, self.path = ModelInfo.read(weights / "tinydb.json").recipe, out / "results.json"
+        model, recipe = fingerprint(weights), asdict(self.recipe)
+        self.kept = read_json(self.path) if self.path.exists() else {"model": model, "recipe": recipe, "rows": {}}
+        require(self.kept["model"] == model and self.kept["recipe"] == recipe,
+                f"{self.path} has the results of another model or recipe; give another --out")
+        self.rows: dict[str, dict[str, float]] = self.kept["rows"]  # "way/subject" -> numbers
+
+    def run(self, names: list[str]) -> None:
+        """Teach each subject in each way, measure, and print the table; what an earlier call did is not done again."""
+        for name in names:
+            if f"before/{name}" not in self.rows:
+                self.measure("before", name, *draw_taught(self.weights, name, 1))
+            if f"world.py/{name}" not in self.rows:
+                self.measure("world.py", name, *draw_real(name))
+            for arm in ARMS:
+                if f"{arm}/{name}" not in self.rows:
+                    self.teach(arm, name)
+            if f"diffusers/{name}" not in self.rows:
+                self.teach_with_diffusers(name)
+
+        columns, means = list(self.rows[f"before/{names[0]}"]), {}
+        other_steps = [f"{self.steps(factor)} steps" for factor in STEP_FACTORS if factor != 1]
+        for way in ("before", *other_steps, *ARMS, "diffusers", "world.py"):
+            rows = [self.rows[f"{way}/{name}"] for name in names]
+            means[way] = [f"{np.mean([row[column] for row in rows]):.0f}" for column in columns]
+        print_table(f"mean of {len(names)} subjects", columns, means)
+
+    def steps(self, factor: float) -> int:
+        """So many times the recipe's steps."""
+        return round(factor * self.recipe.steps)
+
+    def class_dir(self, name: str) -> Path:
+        """train.py makes a folder in here for the class pictures, which all ways share."""
+        return self.out / f"class-{SUBJECTS[name].noun}"
+
+    def teach(self, arm: str, name: str) -> None:
+        """Teach with train.py. The recipe's run is longer than the recipe says, and is measured several times."""
+        folder, factors = self.out / f"{name}-{arm}".replace(" ", "-"), STEP_FACTORS if arm == "the recipe" else (1,)
+        self.class_dir(name).mkdir(exist_ok=True)
+        run_script("train.py", "--images", subject_folder(name), "--class", SUBJECTS[name].noun, "--weights",
+                   self.weights, "--out", folder, "--class-dir", self.class_dir(name), *ARMS[arm],
+                   "--steps", self.steps(max(factors)), "--save-every", self.steps(min(factors)), "--keep", 8,
+                   *(["--resume"] if (folder / "config.json").exists() else []))
+        for factor in sorted(factors, key=lambda factor: factor == 1):  # the arm's own row last: it says all is done
+            steps = self.steps(factor)
+            way = arm if factor == 1 else f"{steps} steps"
+            checkpoint = folder / "checkpoints" / f"step-{steps:06d}"
+            self.measure(way, name, *draw_taught(checkpoint, name, 4 if way == "the recipe" else 1))
+        shutil.rmtree(folder)
+
+    def teach_with_diffusers(self, name: str) -> None:
+        """Teach with diffusers' own computation, on the same class pictures."""
+        [class_images] = self.class_dir(name).iterdir()
+        folder = self.out / f"{name}-diffusers"
+        run_script("weights/reference.py", "--images", subject_folder(name), "--class", SUBJECTS[name].noun,
+                   "--weights", self.weights, "--out", folder, "--class-dir", class_images)
+        self.measure("diffusers", name, *draw_taught(folder, name, 4))
+        shutil.rmtree(folder)
+
+    def measure(self, way: str, name: str, images: list[Image.Image], class_images: list[Image.Image]) -> None:
+        """Measure pictures of a subject and of its class; keep the numbers, and some of the pictures on a sheet."""
         sheet = images[:: len(images) // len(study_prompts(SUBJECTS[name]))] + class_images[:10]
-        grid(sheet, 10).save(out / f"{row}-{name}.png".replace(" ", "-"))
-        results[f"{row}/{name}"] = measure(judge, similarity, name, images, class_images)
-        with written_whole(path) as temporary:
-            write_json(temporary, kept)
-
-    def run(script: str, *arguments: object) -> None:
-        subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], check=True, stdout=sys.stderr)
-
-    for name in names:
-        noun, images = SUBJECTS[name].noun, ROOT / "weights" / "subjects" / name
-        class_dir = out / f"class-{noun}"
-        class_dir.mkdir(exist_ok=True)
-        if f"before/{name}" not in results:
-            note("before", name, *draw_taught(weights, name, 1))
-        if f"world.py/{name}" not in results:
-            note("world.py", name, *draw_real(name))
-        for arm, options in ARMS.items():
-            if f"{arm}/{name}" in results:
-                continue
-            folder = out / f"{name}-{arm.replace(' ', '-')}"
-            factors = STEP_FACTORS if arm == "the recipe" else (1,)
-            run("train.py", "--images", images, "--class", noun, "--weights", weights, "--out", folder,
-                "--class-dir", class_dir, "--steps", round(max(factors) * recipe.steps), "--keep", 8,
-                "--save-every", round(min(factors) * recipe.steps), *options,
-                *(["--resume"] if (folder / "config.json").exists() else []))
-            for factor in sorted(factors, key=lambda factor: factor == 1):  # the arm itself last, when all is done
-                steps = round(factor * recipe.steps)
-                row = arm if factor == 1 else f"{steps} steps"
-                if f"{row}/{name}" not in results:
-                    checkpoint = folder / "checkpoints" / f"step-{steps:06d}"
-                    note(row, name, *draw_taught(checkpoint, name, 4 if row == "the recipe" else 1))
-            shutil.rmtree(folder)
-        if f"diffusers/{name}" not in results:  # its own training computation, on the same class images
-            [class_images] = class_dir.iterdir()
-            run("tests/benchmark.py", "--their-job", "auto", weights, out / "theirs", images, noun, class_images,
-                recipe.steps, recipe.batch, recipe.lr, recipe.lr_text)
-            note("diffusers", name, *draw_taught(out / "theirs", name, 4))
-            shutil.rmtree(out / "theirs")
-
-    over_steps = [f"{round(factor * recipe.steps)} steps" for factor in STEP_FACTORS if factor != 1]
-    columns = list(next(iter(results.values())))
-    table = {row: [np.mean([results[f"{row}/{name}"][column] for name in names]) for column in columns]
-             for row in ("before", *over_steps, *ARMS, "diffusers", "world.py")}
-    print_table(f"mean of {len(names)} subjects", columns,
-                {row: [f"{value:.0f}" for value in values] for row, values in table.items()})
+        grid(sheet, 10).save(self.out / f"{way}-{name}.png".replace(" ", "-"))
+        self.rows[f"{way}/{name}"] = measure(self.judge, self.similarity, name, images, class_images)
+        with written_whole(self.path) as temporary:
+            write_json(temporary, self.kept)
 
 
 @torch.no_grad()
@@ -261,14 +285,10 @@ def main(settings: Settings):
     out.mkdir(parents=True, exist_ok=True)
     judge = load_judge()
     if settings.dreambooth:
-        study(settings, judge, out)
+        Study(Path(settings.weights), out, judge).run(list(SUBJECTS)[: 2 if settings.quick else None])
     else:
-        composition(settings, tinydb.load(settings.weights, choose_device("auto", "fp32")[0]), judge, out)
+        composition(settings, tinydb.load(settings.weights, choose_device("auto")), judge, out)
 
 
 if __name__ == "__main__":
-    parser = Parser(Settings, __doc__.splitlines()[0])
-    try:
-        main(Settings(**vars(parser.parse_args())))
-    except InputError as error:
-        parser.error(str(error))
+    cli.run(main, Settings, __doc__, out_of_memory="Try a smaller --weights")

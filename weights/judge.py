@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tinydb.pictures import to_pixels
-from tinydb.weights import read_tensors, save_tensors, written_whole
+from tinydb.storage import read_tensors, save_tensors, written_whole
 from world import COLORS, MARKINGS, NOUNS, PLACES, TOPPERS, Look, compose, sample_scene, scene_look
 
 FILE = Path(__file__).parent / "judge.safetensors"

@@ -24,17 +24,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from tinydb import cli
+from tinydb.cli import option
 from tinydb.clip import CLIPTextModel
-from tinydb.config import (InputError, ModelInfo, Parser, Recipe, ScheduleConfig, TextConfig, UNetConfig, VAEConfig,
-                           option)
+from tinydb.config import Checked, ModelInfo, Recipe, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from tinydb.diffusion import NoiseSchedule
 from tinydb.layers import ResnetBlock2D
 from tinydb.pictures import grid, to_images, to_pixels
 from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, choose_device
+from tinydb.storage import read_tensors, save_tensors, written_whole
 from tinydb.tokenizer import BOS, EOS, CLIPTokenizer
 from tinydb.unet import Transformer2DModel, UNet2DConditionModel
 from tinydb.vae import AutoencoderKL
-from tinydb.weights import read_tensors, save_tensors, written_whole
 from world import Scene, caption, full_caption, render, sample_scene
 
 SIZE = 64  # pixels
@@ -65,20 +66,20 @@ PREVIEW_PROMPTS = [
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Checked):
     """The command line."""
 
     out: str = option("runs/pretrain", "folder of scenes, checkpoints and previews")
     result: str = option(str(Path(__file__).parent / "tiny"), "model folder to write at the end")
-    images: int = option(30000, "scenes to render", type=int)
-    vae_steps: int = option(7000, "steps of the autoencoder", type=int)
-    decoder_steps: int = option(10000, "more steps of its decoder alone", type=int)
-    vae_batch: int = option(8, "crops a step", type=int)
-    vae_lr: float = option(2e-3, "learning rate of the autoencoder", type=float)
-    steps: int = option(7000, "steps of text encoder and UNet", type=int)
-    batch: int = option(16, "pictures a step", type=int)
-    lr: float = option(1e-3, "learning rate of text encoder and UNet", type=float)
-    seed: int = option(0, "decides everything random", type=int)
+    images: int = option(30000, "scenes to render", least=1)
+    vae_steps: int = option(7000, "steps of the autoencoder", least=1)
+    decoder_steps: int = option(10000, "more steps of its decoder alone", least=1)
+    vae_batch: int = option(8, "crops a step", least=2)
+    vae_lr: float = option(2e-3, "learning rate of the autoencoder", above=0)
+    steps: int = option(7000, "steps of text encoder and UNet", least=1)
+    batch: int = option(16, "pictures a step", least=1)
+    lr: float = option(1e-3, "learning rate of text encoder and UNet", above=0)
+    seed: int = option(0, "decides everything random", least=0)
     device: str = option("auto", "cpu, cuda, mps, ... or auto")
 
 
@@ -250,7 +251,7 @@ def main(settings: Settings):
     """World, autoencoder, tokenizer, text encoder and UNet, model folder."""
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
-    device, _ = choose_device(settings.device, "fp32")
+    device = choose_device(settings.device)
     pictures, scenes = draw_scenes(settings.images, settings.seed, out)
     vae = train_vae(settings, pictures, out, device).to(memory_format=torch.channels_last)
 
@@ -260,7 +261,8 @@ def main(settings: Settings):
     torch.manual_seed(settings.seed)
     text_encoder = CLIPTextModel(replace(TEXT, vocab_size=len(tokenizer.vocab), bos_token_id=bos,
                                          eos_token_id=eos, pad_token_id=eos)).to(device)
-    # words keep PyTorch's unit variance: smaller ones drown in what the layers add, and all prompts become alike
+    # words have unit variance: smaller ones drown in what the layers add, and all prompts become alike
+    nn.init.normal_(text_encoder.text_model["embeddings"]["token_embedding"].weight)
     nn.init.normal_(text_encoder.text_model["embeddings"]["position_embedding"].weight, std=0.1)
     unet = UNet2DConditionModel(UNET).to(device, memory_format=torch.channels_last)
     for block in unet.modules():
@@ -276,8 +278,4 @@ def main(settings: Settings):
 
 
 if __name__ == "__main__":
-    parser = Parser(Settings, __doc__.splitlines()[0])
-    try:
-        main(Settings(**vars(parser.parse_args())))
-    except InputError as error:
-        parser.error(str(error))
+    cli.run(main, Settings, __doc__, out_of_memory="Try a smaller --batch or --vae-batch; the same command continues")

@@ -114,6 +114,7 @@ def settings_in_file(given: Settings) -> dict[str, object]:
     """The options in the file of --config, for what the command line leaves open."""
     if given.config is None:
         return {}
+    require(Path(given.config).is_file(), f"--config {given.config}: no such file")
     entries = read_json(Path(given.config))
     entries.pop("run", None)  # what config.json notes besides
     return cli.named_fields(Settings, entries, f"--config {given.config}")
@@ -272,9 +273,9 @@ def main(settings: Settings) -> None:
 
     # OUT belongs to this run from here on. The first process claims it, the others wait for that.
     if rank == 0:
+        run.check_disk(sd, settings)
         run.claim(settings, {"world_size": world_size, "device": device.type, "precision": str(dtype),
                              "pictures": pictures_digest([*instance_images.values(), *prior.own]), "model": prior.key})
-        run.check_disk(sd, settings)
         run.save_inputs(instance_images)
         print(*remarks, memory_plan(sd, settings, dtype), sep="\n", file=sys.stderr)
     if world_size > 1:

@@ -27,13 +27,3 @@ def test_row_of_a_training_step(model, encode):
 def test_row_of_drawing(model):
     *_, floor = cells(benchmark.draw_row(model, "pictures", 2, "0.5"))
     assert float(floor[:-1]) > 0
-
-
-def test_their_job_trains_and_saves_a_model_that_we_open(nano, photos, tmp_path):
-    """Text encoder and UNet move, the VAE does not."""
-    out = tmp_path / "theirs"
-    benchmark.their_job("cpu", str(nano), str(out), str(photos), "dog", "4", "2", "1", "1e-3", "1e-3")
-    before, after = tinydb.load(nano), tinydb.load(out)
-    for part, moves in (("text_encoder", True), ("unet", True), ("vae", False)):
-        pairs = zip(getattr(before, part).parameters(), getattr(after, part).parameters())
-        assert any(not torch.equal(a, b) for a, b in pairs) == moves

@@ -510,7 +510,7 @@ def test_destination(sd1, tmp_path):
 
 
 def test_disk_space_is_checked_first(sd1, tmp_path, monkeypatch):
-    monkeypatch.setattr(convert_weights.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=1000))
     assert "make room" in refusal(sd1, tmp_path / "out.safetensors")
 
 
@@ -519,7 +519,7 @@ def test_failure_leaves_nothing(sd1, tmp_path, monkeypatch, name):
     def full(*args, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tinydb.weights.save_file", full)
+    monkeypatch.setattr("tinydb.storage.save_file", full)
     assert "No space left" in refusal(sd1, tmp_path / name)
 
 
@@ -536,7 +536,7 @@ def run(*arguments) -> subprocess.CompletedProcess:
 
 def test_command(sd1, tmp_path):
     done = run(sd1, tmp_path / "half.safetensors", "--half")
-    assert done.returncode == 0 and "half.safetensors: written" in done.stdout and "writing" in done.stderr
+    assert done.returncode == 0 and "half.safetensors: written" in done.stdout and "writing" in done.stdout
     failed = run(tmp_path / "half.safetensors", sd1)
     assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "exists already" in failed.stderr
     assert failed.stdout == ""

@@ -11,7 +11,7 @@ from PIL import Image, features
 from torch import Tensor
 
 from tinydb.config import InputError
-from tinydb.data import ENCODE_BATCH, Latents, draw_step, fit, open_picture, read_pictures
+from tinydb.data import ENCODE_BATCH, Latents, random_batch, fit, open_picture, read_pictures
 from tinydb.pictures import to_pixels
 from tinydb.pictures import describe, grid, save_png, to_images
 
@@ -200,11 +200,11 @@ def numbered(count: int, start: int = 0, std: float = 0.0) -> Latents:
 
 def drawn(count: int, *, seed: int = 0, step: int = 0) -> tuple[Tensor, ...]:
     """Latents, noise and timesteps of a step on three instance and five class pictures."""
-    draw = draw_step([numbered(3), numbered(5, start=10)], count, 1000, seed, step)
-    return draw.latents, draw.noise, draw.timesteps
+    batch = random_batch([numbered(3), numbered(5, start=10)], count, 1000, seed, step)
+    return batch.latents, batch.noise, batch.timesteps
 
 
-def test_draw_depends_on_seed_and_step_alone():
+def test_a_batch_depends_on_seed_and_step_alone():
     torch.manual_seed(1)
     first = drawn(4, seed=3, step=7)
     torch.manual_seed(2)
@@ -213,7 +213,7 @@ def test_draw_depends_on_seed_and_step_alone():
         assert not any(map(torch.equal, first[1:], other[1:]))
 
 
-def test_draw_leaves_the_global_generator_alone():
+def test_a_batch_leaves_the_global_generator_alone():
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -242,10 +242,24 @@ def test_every_example_has_noise_and_a_timestep_of_its_own():
     assert abs(timesteps.float().mean() - 499.5) < 40
 
 
+def test_a_batch_knows_its_pictures_and_gives_its_parts():
+    batch = random_batch([numbered(3), numbered(5, start=10)], 6, 1000, seed=1, step=2)
+    assert torch.equal(batch.latents[:, :, 0, 0, 0], batch.pictures + torch.tensor([[0], [10]]))
+    parts = [batch.part(i, 2) for i in range(3)]
+    for name in ("pictures", "latents", "noise", "timesteps"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts], 1), getattr(batch, name))
+
+
+def test_every_timestep_comes():
+    """The last one too."""
+    timesteps = random_batch([numbered(1)], 200, 10, seed=0, step=0).timesteps
+    assert timesteps.unique().tolist() == list(range(10))
+
+
 def test_latents_are_drawn_from_the_posterior():
-    draw = draw_step([numbered(1, start=3, std=0.5)], 300, 1000, 0, 0)
-    assert abs(draw.latents.mean() - 3) < 0.01 and abs(draw.latents.std() - 0.5) < 0.01
-    assert abs(torch.corrcoef(torch.stack([draw.latents.flatten(), draw.noise.flatten()]))[0, 1]) < 0.05
+    batch = random_batch([numbered(1, start=3, std=0.5)], 300, 1000, 0, 0)
+    assert abs(batch.latents.mean() - 3) < 0.01 and abs(batch.latents.std() - 0.5) < 0.01
+    assert abs(torch.corrcoef(torch.stack([batch.latents.flatten(), batch.noise.flatten()]))[0, 1]) < 0.05
 
 
 # ------------------------------------------------------------------------------------ pictures for people

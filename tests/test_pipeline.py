@@ -16,7 +16,7 @@ from torch import Tensor
 
 import tinydb
 from tinydb.config import Recipe
-from tinydb.unet import AttentionMaps
+from tinydb.attention import AttentionMaps
 
 PROMPT = "a photo of ohwx dog"
 

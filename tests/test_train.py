@@ -24,11 +24,13 @@ import tinydb
 import train
 from convert_weights import SD1
 from tinydb.config import InputError
-from tinydb.data import Draw, Latents, draw_step, fit, open_picture
+from tinydb.class_images import ClassImages
+from tinydb.data import Batch, Latents, fit, open_picture, random_batch
 from tinydb.layers import ResnetBlock2D
 from tinydb.pictures import grid, save_png
-from tinydb.pipeline import choose_device
-from train import DreamBoothLoss, Settings, class_images_key
+from tinydb.pipeline import choose_device, choose_dtype
+from tinydb.run import Run, memory_plan
+from train import DreamBoothLoss, Settings
 
 PROMPTS = ["a photo of ohwx dog", "a photo of a dog"]
 UNET, TEXT = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
@@ -83,12 +85,12 @@ def gradients(teach, monkeypatch, tmp_path):
 # -------------------------------------------------------------------------------------------- the loss
 
 
-def dreambooth_loss(pair: Pair, draw: Draw, prompts: list[str], weights: list[float]) -> tuple[list, Tensor]:
-    """What diffusers' examples/dreambooth/train_dreambooth.py computes of a draw: the loss of each set of
+def dreambooth_loss(pair: Pair, batch: Batch, prompts: list[str], weights: list[float]) -> tuple[list, Tensor]:
+    """What diffusers' examples/dreambooth/train_dreambooth.py computes of a batch: the loss of each set of
     pictures, and their weighted sum."""
     reference, losses = pair.reference, []
     scheduler = DDPMScheduler.from_config(reference.scheduler.config)
-    for prompt, latents, noise, timesteps in zip(prompts, draw.latents, draw.noise, draw.timesteps):
+    for prompt, latents, noise, timesteps in zip(prompts, batch.latents, batch.noise, batch.timesteps):
         texts = [prompt] * len(latents)
         ids = reference.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
         prediction = reference.unet(scheduler.add_noise(latents, noise, timesteps), timesteps,
@@ -120,10 +122,10 @@ def random_sets(pair: Pair) -> list[Latents]:
 def test_loss_and_gradients_are_those_of_diffusers_train_dreambooth(pairs, kind):
     """Noise is predicted in two kinds, and v in the third."""
     pair = pairs(kind)
-    draw = draw_step(random_sets(pair), 2, 1000, seed=0, step=0)
-    expected, total = dreambooth_loss(pair, draw, PROMPTS, [1, 0.7])
+    batch = random_batch(random_sets(pair), 2, 1000, seed=0, step=0)
+    expected, total = dreambooth_loss(pair, batch, PROMPTS, [1, 0.7])
     model = DreamBoothLoss(tinydb.load(pair.folder), PROMPTS, freeze_text=False)
-    losses = model(*(t.flatten(0, 1) for t in (draw.latents, draw.noise, draw.timesteps)))
+    losses = model(batch)
     torch.testing.assert_close(losses, torch.stack(expected), rtol=1e-5, atol=0)
     (losses * torch.tensor([1, 0.7])).sum().backward()
     assert distance([p.grad for p in model.parameters()], reference_gradients(pair, total)) < 1e-5
@@ -138,8 +140,8 @@ def test_first_step_is_that_of_train_dreambooth(gradients, pairs, photos, tmp_pa
     assert len(pictures[0]) == 3 and len(pictures[1]) == (5 if prior_weight else 0)
     sets = [Latents.of([fit(open_picture(path), 16) for path in paths], pair.sd.vae, torch.device("cpu"))
             for paths in pictures if paths]
-    draw = draw_step(sets, 3, 1000, seed=0, step=0)
-    _, loss = dreambooth_loss(pair, draw, PROMPTS[:len(sets)], [1, prior_weight][:len(sets)])
+    batch = random_batch(sets, 3, 1000, seed=0, step=0)
+    _, loss = dreambooth_loss(pair, batch, PROMPTS[:len(sets)], [1, prior_weight][:len(sets)])
     assert distance(ours, reference_gradients(pair, loss)) < 1e-5
 
 
@@ -163,13 +165,13 @@ def test_two_micro_steps_are_one_step_of_twice_the_batch(gradients):
     assert distance(half, whole) > 0.1
 
 
-def test_checkpointing_recomputes_and_changes_no_gradient(gradients, pairs, monkeypatch):
+def test_recompute_computes_again_and_changes_no_gradient(gradients, pairs, monkeypatch):
     calls = []
     forward = ResnetBlock2D.forward
     monkeypatch.setattr(ResnetBlock2D, "forward", lambda self, *x: calls.append(self) or forward(self, *x))
     [plain], plain_calls = gradients(steps=1), len(calls)
     calls.clear()
-    [recomputed] = gradients(steps=1, checkpointing=True)
+    [recomputed] = gradients(steps=1, recompute=True)
     blocks = sum(isinstance(module, ResnetBlock2D) for module in pairs("nano").sd.unet.modules())
     assert len(calls) - plain_calls == blocks
     assert distance(recomputed, plain) < 1e-6
@@ -265,7 +267,7 @@ def test_config_tells_everything_that_ran(taught, photos, nano):
 
 def test_ends_with_the_command_to_try(teach, tmp_path, capsys):
     out = teach(tmp_path / "out", steps=1)
-    assert f'python sample.py "[V] dog on the moon" --weights {out / "model"}' in capsys.readouterr().out
+    assert f"python sample.py '[V] dog on the moon' --weights {out / 'model'}" in capsys.readouterr().out
 
 
 def test_out_is_named_after_the_pictures(one_thread, nano, photos, tmp_path, monkeypatch):
@@ -277,20 +279,22 @@ def test_out_is_named_after_the_pictures(one_thread, nano, photos, tmp_path, mon
 def test_metrics_hold_every_step(taught):
     lines = metrics(taught)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
-    assert all(line["lr"] == 1e-3 and line["instance_loss"] > 0 and line["prior_loss"] > 0 for line in lines)
+    assert all(line["instance_loss"] > 0 and line["prior_loss"] > 0 for line in lines)
     assert [line["step"] for line in lines if "validation_loss" in line] == [2, 4, 5]
 
 
-def test_weight_change_is_the_distance_to_the_base(taught, nano):
+def moved(out: Path, nano: Path) -> dict[str, float]:
+    """How far training has moved each part from the base, relative to its size."""
+    changes = {}
     for part, file in (("unet", UNET), ("text_encoder", TEXT)):
-        before, after = load_file(nano / file), load_file(taught / "model" / file)
+        before, after = load_file(nano / file), load_file(out / "model" / file)
         before = {name if name in after else f"text_model.{name}": tensor for name, tensor in before.items()}
         names = [name for name in after if name in before]
-        expected = distance([after[name] for name in names], [before[name] for name in names])
-        assert metrics(taught)[-1][f"{part}_change"] == pytest.approx(expected, rel=1e-4) and expected > 1e-4
+        changes[part] = distance([after[name] for name in names], [before[name] for name in names])
+    return changes
 
 
-def test_each_part_has_its_learning_rate(teach, tmp_path):
+def test_each_part_has_its_learning_rate(teach, nano, tmp_path):
     """The text encoder's follows --lr as in the recipe, unless it is given; a frozen one has none."""
     for given, lr, lr_text in (({}, 1e-3, 5e-4), ({"lr": 2e-3}, 2e-3, 1e-3), ({"lr_text": 1e-20}, 1e-3, 1e-20),
                                ({"lr": 1e-20, "lr_text": 1e-3}, 1e-20, 1e-3),
@@ -298,9 +302,8 @@ def test_each_part_has_its_learning_rate(teach, tmp_path):
         out = teach(tmp_path / str(given), **given)
         config = json.loads((out / "config.json").read_text())
         assert (config["lr"], config["lr_text"]) == (pytest.approx(lr), pytest.approx(lr_text))
-        last = metrics(out)[-1]
-        assert (last["unet_change"] > 1e-4) == (lr > 1e-4) and (last["text_encoder_change"] > 1e-4) == (
-            (lr_text or 0) > 1e-4)
+        changes = moved(out, nano)
+        assert (changes["unet"] > 1e-4) == (lr > 1e-4) and (changes["text_encoder"] > 1e-4) == ((lr_text or 0) > 1e-4)
 
 
 def test_validation_loss_has_the_same_noise_at_every_step(teach, tmp_path):
@@ -362,7 +365,7 @@ def test_preview_without_disk_does_not_end_the_run(teach, tmp_path, monkeypatch,
             raise OSError(28, "No space left on device")
         save_png(image, path, parameters)
 
-    monkeypatch.setattr(train, "save_png", save)
+    monkeypatch.setattr("tinydb.run.save_png", save)
     assert (teach(tmp_path / "out", steps=2, sample_every=1) / "model").is_dir()
     assert "No space left" in capsys.readouterr().err
 
@@ -377,7 +380,7 @@ def test_bf16_trains_fp32_weights(teach, tmp_path):
     assert {tensor.dtype for tensor in load_file(low / "model" / UNET).values()} == {torch.float32}
 
 
-def test_fp16_scales_its_gradients_and_skips_what_overflows(teach, tmp_path, monkeypatch):
+def test_fp16_scales_its_gradients_and_skips_what_overflows(teach, nano, tmp_path, monkeypatch):
     """Also on a CPU. One step overflows: the scale is halved, and that step is not counted in the moments."""
     def unscale_(self, optimizer):
         calls.append(optimizer)
@@ -390,7 +393,7 @@ def test_fp16_scales_its_gradients_and_skips_what_overflows(teach, tmp_path, mon
     out = teach(tmp_path / "out", precision="fp16", steps=8, save_every=8)
     scale = json.loads((out / "checkpoints" / "step-000008" / "state.json").read_text())["scaler"]["scale"]
     state = load_file(out / "checkpoints" / "step-000008" / "state.safetensors")
-    assert metrics(out)[-1]["unet_change"] > 0 and scale == 65536 / 2
+    assert moved(out, nano)["unet"] > 0 and scale == 65536 / 2
     assert {tensor.item() for name, tensor in state.items() if name.startswith("step.")} == {7}
     assert all(t.isfinite().all() for t in load_file(out / "model" / UNET).values())
 
@@ -412,8 +415,8 @@ def test_fp16_that_never_takes_a_step_ends_the_run(teach, tmp_path, monkeypatch)
 def test_auto_precision_goes_by_the_gpu(monkeypatch, capability, expected):
     monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert choose_device("cuda", "auto") == (torch.device("cuda"), expected)
-    assert choose_device("cpu", "auto") == (torch.device("cpu"), torch.float32)
+    assert choose_dtype("auto", choose_device("cuda")) == expected
+    assert choose_dtype("auto", choose_device("cpu")) == torch.float32
 
 
 def test_vae_of_the_result_is_the_bases_weights_and_nothing_else(teach, nano, tmp_path):
@@ -450,7 +453,7 @@ def test_out_of_memory_is_answered_with_what_to_try(nano, photos, tmp_path):
     last = run.message.split("\n")[-1]
     assert last.startswith("train.py: CUDA out of memory. Tried to allocate 2 GiB")
     assert "Traceback" not in run.stderr
-    assert all(flag in last for flag in ("--checkpointing", "--batch 1", "--freeze-text"))
+    assert all(flag in last for flag in ("--recompute", "--batch 1", "--freeze-text"))
 
 
 def test_too_little_disk_is_noticed_before_anything_is_written(teach, tmp_path, monkeypatch):
@@ -463,7 +466,7 @@ def test_disk_that_was_enough_to_start_is_enough_to_resume(teach, nano, tmp_path
     def suffices(free: int) -> bool:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=free))
         try:
-            train.check_disk(sd, Settings(), out)
+            Run(out).check_disk(sd, Settings())
         except InputError:
             return False
         return True
@@ -471,8 +474,8 @@ def test_disk_that_was_enough_to_start_is_enough_to_resume(teach, nano, tmp_path
     sd, out = tinydb.load(nano), tmp_path / "out"
     free = next(free for free in range(0, 2**30, 10_000) if suffices(free))
     teach(out, steps=2, save_every=1)
-    taken = [path.stat().st_size for path in (out / "checkpoints").rglob("*.safetensors") if path.parent.name != "vae"]
-    assert len(taken) == 6 and suffices(free - sum(taken)) and not suffices(free - sum(taken) - 20_000)
+    taken = [path.stat().st_size for path in (out / "checkpoints").rglob("*.safetensors")]
+    assert len(taken) == 8 and suffices(free - sum(taken)) and not suffices(free - sum(taken) - 20_000)
 
 
 def test_memory_plan_of_stable_diffusion(pairs):
@@ -480,18 +483,12 @@ def test_memory_plan_of_stable_diffusion(pairs):
     with torch.device("meta"):
         parts = {"unet": tinydb.pipeline.UNet2DConditionModel(SD1.unet),
                  "text_encoder": tinydb.pipeline.CLIPTextModel(SD1.text_encoder)}
-    sd = types.SimpleNamespace(**parts, tokenizer=types.SimpleNamespace(max_length=77))
-    settings, cpu = Settings(batch=1), torch.device("cpu")
-    plan = train.memory_plan(sd, settings, cpu, torch.float32)
-    assert "weights 3.93, gradients 3.93, optimizer 7.86" in plan
-    frozen = train.memory_plan(sd, Settings(batch=1, freeze_text=True), cpu, torch.bfloat16)
-    assert "weights 3.93, gradients 3.44, optimizer 6.88" in frozen
-    full, half = [float(re.search(r"activations ([\d.]+)", text)[1]) for text in (plan, frozen)]
-    assert 1 < half < 0.6 * full
-    on_gpu = train.memory_plan(sd, Settings(batch=1), torch.device("cuda"), torch.bfloat16)
-    assert 1.2 * half < float(re.search(r"activations ([\d.]+)", on_gpu)[1]) < 0.8 * full  # norms stay in fp32 there
-    recomputed = train.memory_plan(sd, Settings(batch=1, checkpointing=True), cpu, torch.bfloat16)
-    assert 0.1 < float(re.search(r"activations ([\d.]+)", recomputed)[1]) < 0.3 * half
+    sd = types.SimpleNamespace(**parts)
+    full = memory_plan(sd, Settings(), torch.float32)
+    assert "weights 3.93, gradients 3.93, optimizer 7.86; at once 15.72" in full  # 16 bytes a parameter
+    frozen = memory_plan(sd, Settings(freeze_text=True), torch.bfloat16)
+    assert "gradients 3.44, optimizer 6.88, low-precision copies 1.97; at once 14.24" in frozen
+    assert "copies" not in memory_plan(sd, Settings(recompute=True), torch.bfloat16)
 
 
 def test_says_what_it_skipped_and_enlarged(teach, photos, tmp_path, capsys):
@@ -627,7 +624,7 @@ def test_key_of_class_images(nano, tmp_path):
     def key(folder: Path, prompt: str = PROMPTS[1], seed: int = 0, **recipe: float) -> str:
         sd = tinydb.load(folder)
         sd.info = train.replace(sd.info, recipe=train.replace(sd.info.recipe, **recipe))
-        return class_images_key(sd, prompt, seed, folder)
+        return ClassImages(sd, folder, prompt, seed).key
 
     copy, larger = [Path(shutil.copytree(nano, tmp_path / name)) for name in ("copy", "larger")]
     sd, other = tinydb.load(nano), tmp_path / "other"
@@ -697,41 +694,12 @@ def test_class_dir_that_is_none(teach, tmp_path):
     assert "nowhere: no such folder" in refusal(teach, tmp_path / "out", class_dir=str(tmp_path / "nowhere"))
 
 
-def flat_at_first(monkeypatch, attempts: int) -> None:
-    """Have the model draw picture 1 of each group in one colour, from the first so many noises that it begins with."""
-    noises, original = set(), tinydb.StableDiffusion.generate
-
-    def generate(self, prompts, **options):
-        images = original(self, prompts, **options)
-        noises.add(tuple(options["latents"][1].flatten().tolist()))
-        flat = Image.new("RGB", images[0].size, (5, 4, 9))
-        return images if len(noises) > attempts else [images[0], flat, *images[2:]]
-
-    monkeypatch.setattr(tinydb.StableDiffusion, "generate", generate)
-
-
-def test_class_image_of_one_colour_is_drawn_again(teach, tmp_path, monkeypatch):
-    """From another seed; the others stay."""
-    flat_at_first(monkeypatch, 2)
-    out = teach(tmp_path / "out", steps=1)
-    images = [Image.open(path) for path in sorted((out / "class_images").rglob("*.png"))]
-    seeds = [int(re.search(r"Seed: (\d+)", image.text["parameters"])[1]) for image in images]
-    assert seeds == [0, 1 + 2 * 2**20, 2, 3, 4]
-    assert all(image.convert("L").getextrema() != (5, 5) for image in images)
-
-
-def test_model_that_draws_one_colour_only(teach, tmp_path, monkeypatch):
-    flat_at_first(monkeypatch, 1000)
-    assert "--class-dir" in refusal(teach, tmp_path / "out") and not (tmp_path / "out" / "model").exists()
-
-
 # ---------------------------------------------------------------------------------- configuration files
 
 
 def write_config(path: Path, **entries: object) -> str:
-    """JSON, or TOML, of options."""
-    lines = [f"{key} = {json.dumps(value)}" for key, value in entries.items()]
-    path.write_text(json.dumps(entries) if path.suffix == ".json" else "\n".join(lines))
+    """A JSON file of options."""
+    path.write_text(json.dumps(entries))
     return f"--config={path}"
 
 
@@ -739,15 +707,14 @@ def config_of(out: Path) -> dict:
     return json.loads((out / "config.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.toml"])
-def test_config_file_gives_defaults_that_the_command_line_overrides(command, nano, photos, tmp_path, name):
+def test_config_file_gives_defaults_that_the_command_line_overrides(command, nano, photos, tmp_path):
     entries = {"images": str(photos), "class": "cat", "weights": str(nano), "steps": 3, "lr": 1e-4,
-               "freeze_text": True, "checkpointing": False, "out": "out"}
-    code, _, error = command("train.py", write_config(tmp_path / name, **entries), "--steps=1", "--class=dog")
+               "freeze_text": True, "recompute": False, "out": "out"}
+    code, _, error = command("train.py", write_config(tmp_path / "a.json", **entries), "--steps=1", "--class=dog")
     assert code == 0, error
     config = config_of(tmp_path / "out")
     assert (config["steps"], config["class_noun"]) == (1, "dog")
-    assert (config["lr"], config["freeze_text"], config["checkpointing"]) == (1e-4, True, False)
+    assert (config["lr"], config["freeze_text"], config["recompute"]) == (1e-4, True, False)
 
 
 def test_config_of_a_run_repeats_it(command, taught, tmp_path):
@@ -780,8 +747,8 @@ def test_unknown_key_in_a_config_file_names_the_nearest(command, tmp_path, key, 
 
 @pytest.mark.parametrize("name, text, words", [
     ("a.json", "{", ["a.json", "JSON"]), ("a.json", "[3]", ["a.json", "list"]),
-    ("a.toml", "steps = ", ["a.toml", "TOML"]), ("a.json", '{"steps": "many"}', ["--steps", "many"]),
-    ("a.toml", 'log = "print"', ["--log", "print", "wandb"]),
+    ("a.json", '{"steps": "many"}', ["--steps", "many"]), ("a.json", '{"log": "print"}', ["--log", "print", "wandb"]),
+    ("a.json", '{"keep": 0}', ["--keep 0"]), ("a.json", '{"images": 3}', ["--images 3", "str"]),
 ], ids=str)
 def test_config_file_that_cannot_be_used(command, tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
@@ -789,10 +756,9 @@ def test_config_file_that_cannot_be_used(command, tmp_path, name, text, words):
     assert code == 2 and error.count("\n") == 1 and [word for word in words if word not in error] == []
 
 
-@pytest.mark.parametrize("name", ["none.json", "none.toml"])
-def test_config_file_that_is_not_there(command, name):
-    code, _, error = command("train.py", f"--config={name}")
-    assert code == 2 and error.count("\n") == 1 and name in error and "convert_weights" not in error
+def test_config_file_that_is_not_there(command):
+    code, _, error = command("train.py", "--config=none.json")
+    assert code == 2 and error.count("\n") == 1 and "none.json" in error and "convert_weights" not in error
 
 
 # ------------------------------------------------------------------------------------------- bad input
@@ -821,7 +787,6 @@ NUMBERS = ["steps", "batch", "accumulate", "lr", "lr-text", "class-images", "kee
     ({"lr": "nan"}, ["--lr nan"]), ({"lr": "inf"}, ["--lr inf"]),
     ({"prior-weight": "nan"}, ["--prior-weight nan"]),
     ({"seed": "18446744073709551616"}, ["--seed"]), ({"steps": "1.5"}, ["--steps", "1.5"]),
-    ({"lr-text": "1e-5", "freeze-text": True}, ["--lr-text", "--freeze-text"]),
     ({"identifier": " "}, ["--identifier", "ohwx"]),
     ({"class": " "}, ["--class"]), ({"class": None}, ["--class"]),
     ({"images": None}, ["--images"]), ({"images": "nowhere"}, ["nowhere: no such folder"]),

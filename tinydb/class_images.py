@@ -21,6 +21,14 @@ def class_prompt(noun: str) -> str:
     return f"a photo of {'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
 
 
+def is_picture(path: Path) -> bool:
+    """Whether a file is there, and a whole picture."""
+    try:
+        return path.exists() and open_picture(path) is not None
+    except ValueError:
+        return False
+
+
 class ClassImages:
     """The pictures of one class prompt by one model, picture i from seed + i; some of them may be yours instead.
 
@@ -55,10 +63,10 @@ class ClassImages:
         return own + [fit(open_picture(path), self.sd.resolution) for path in paths]
 
     def draw(self, paths: list[Path], dtype: torch.dtype, rank: int, world_size: int, stop: StopSignal) -> None:
-        """Draw those of `paths` that are not there yet. Groups of consecutive pictures go to the ranks in turn, so the
+        """Draw those of `paths` that are missing or damaged. Groups of consecutive pictures go to the ranks in turn, so the
         files are the same for any number of ranks."""
         groups = [range(i, min(i + GROUP, len(paths))) for i in range(0, len(paths), GROUP)]
-        groups = [group for group in groups[rank::world_size] if not all(paths[i].exists() for i in group)]
+        groups = [group for group in groups[rank::world_size] if not all(is_picture(paths[i]) for i in group)]
         sd, recipe = self.sd, self.sd.info.recipe
         if groups and dtype != sd.dtype:  # all of it in half the bytes, which is faster than autocast
             sd = load(self.weights, sd.device, dtype)

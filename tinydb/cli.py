@@ -60,8 +60,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str], defaults: dict[str, Any] = {}) -> Any:
         """The settings that a command line gives; `defaults`, by field name, hold where it says nothing."""
-        self.set_defaults(**defaults)
-        return self.settings(**vars(self.parse_intermixed_args(argv)))
+        positional = {f.name for f in fields(self.settings) if f.default is MISSING}
+        self.set_defaults(**{name: value for name, value in defaults.items() if name not in positional})
+        given = vars(self.parse_intermixed_args(argv))
+        given |= {name: defaults[name] for name in positional & defaults.keys() if not given[name]}
+        return self.settings(**given)
 
     def error(self, message: str):
         """Print one line, without the usage, and exit with code 2."""

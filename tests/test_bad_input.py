@@ -65,16 +65,16 @@ def test_missing_file(folder, part):
     ("unet/config.json", {"class_embed_type": "timestep"}, ["class_embed_type = 'timestep'", "1.x or 2.x"]),
     ("unet/config.json", {"down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D"]},
      ["down_block_types", "AttnDownBlock2D", "CrossAttnDownBlock2D"]),
-    ("unet/config.json", {"attention_head_dim": [4, 4]}, ["3 block_out_channels", "2 head counts"]),
+    ("unet/config.json", {"attention_head_dim": [4, 4]}, ["head counts are 3, 3, 3, 2"]),
     ("unet/config.json", {"attention_head_dim": 5}, ["32 channels", "5 heads"]),
     ("unet/config.json", {"cross_attention_dim": 48}, ["22 tensors do not fit", "(32, 48)"]),
     ("vae/config.json", {"act_fn": "gelu"}, ["vae/config.json", "act_fn = 'gelu'", "'silu'"]),
     ("vae/config.json", {"latent_channels": 16}, ["vae", "16"]),
     ("vae/config.json", {"shift_factor": 0.1}, ["vae/config.json", "shift_factor = 0.1"]),
-    ("text_encoder/config.json", {"hidden_act": "relu"}, ["hidden_act = 'relu'", "'quick_gelu' or 'gelu'"]),
+    ("text_encoder/config.json", {"hidden_act": "relu"}, ["hidden_act 'relu'", "quick_gelu or gelu"]),
     ("text_encoder/config.json", {"hidden_size": 48}, ["text_encoder", "(48,)"]),
-    (SCHEDULER, {"prediction_type": "sample"}, ["prediction_type = 'sample'", "'epsilon'"]),
-    (SCHEDULER, {"beta_schedule": "squaredcos_cap_v2"}, ["squaredcos_cap_v2", "'linear'"]),
+    (SCHEDULER, {"prediction_type": "sample"}, ["prediction_type 'sample'", "epsilon"]),
+    (SCHEDULER, {"beta_schedule": "squaredcos_cap_v2"}, ["squaredcos_cap_v2", "linear"]),
     (SCHEDULER, {"trained_betas": [0.1]}, ["scheduler_config.json", "trained_betas"]),
     (SCHEDULER, {"rescale_betas_zero_snr": True}, ["rescale_betas_zero_snr", "False"]),
 ], ids=str)
@@ -87,7 +87,10 @@ def test_unsupported_setting(folder, file, changes, words):
     ("unet/config.json", {"block_out_channels": 64}), ("unet/config.json", {"attention_head_dim": 0}),
     ("unet/config.json", {"norm_num_groups": "many"}), ("unet/config.json", {"layers_per_block": [1, 2, 2]}),
     ("vae/config.json", {"norm_num_groups": 3}), ("text_encoder/config.json", {"num_hidden_layers": "two"}),
-    (SCHEDULER, {"beta_start": "small"}), ("tinydb.json", {"recipe": {"stepz": 3}}),
+    (SCHEDULER, {"beta_start": "small"}), ("tinydb.json", {"recipe": [3]}), ("tinydb.json", {"recipe": {"steps": "3"}}),
+    ("tinydb.json", {"identifier": 3}), ("tinydb.json", {"base": "SD"}), ("unet/config.json", {"sample_size": -8}),
+    ("unet/config.json", {"layers_per_block": 10**6}), ("vae/config.json", {"scaling_factor": float("nan")}),
+    ("text_encoder/config.json", {"vocab_size": 10**12}), (SCHEDULER, {"num_train_timesteps": 10**12}),
 ], ids=str)
 def test_senseless_setting(folder, file, changes):
     (folder / "tinydb.json").write_text("{}")
@@ -185,7 +188,12 @@ def test_tokenizer_of_a_larger_vocabulary(folder):
     assert_refused(folder, "tokenizer", "below 500", "two models")
 
 
-@pytest.mark.parametrize("size", [(60, 64), (64, 60), (0, 64), (64, -8)], ids=str)
+@pytest.mark.parametrize("size", [(0, 64), (64, -8)], ids=str)
+def test_size_of_nothing(pairs, size):
+    assert "1 or more" in refusal(lambda: pairs("sd1").sd.generate("dog", steps=1, size=size))
+
+
+@pytest.mark.parametrize("size", [(60, 64), (64, 60)], ids=str)
 def test_size_that_is_not_a_multiple_of_the_factor(pairs, size):
     text = refusal(lambda: pairs("sd1").sd.generate("dog", steps=1, size=size))
     assert f"size {size[0]}x{size[1]}" in text and "multiples of 8" in text

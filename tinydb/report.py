@@ -92,7 +92,8 @@ def sample_command(weights: Path, class_noun: str) -> str:
 
 def command(out: Path, class_noun: str, finished: bool) -> str:
     """How to sample from the result or, as long as there is none, from the newest checkpoint."""
-    saved = [out / "model"] if finished else sorted((out / "checkpoints").glob("step-*"))
+    checkpoints = (out / "checkpoints").glob("step-*")
+    saved = [out / "model"] if finished else sorted(path for path in checkpoints if path.name[5:].isdecimal())
     if not saved:
         return '<p class="note">Nothing is saved yet.</p>'
     path = "OUT" / saved[-1].relative_to(out) if out.is_absolute() else saved[-1]

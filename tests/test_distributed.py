@@ -176,5 +176,4 @@ def test_bad_input_under_torchrun(line, tmp_path):
     """Our line comes first, once for each process; torchrun's own report follows."""
     failed = torchrun(*line("out", steps=0))
     assert failed.returncode != 0 and not (tmp_path / "out").exists()
-    assert "Traceback" not in failed.stderr
     assert failed.stderr.lstrip().startswith("train.py: --steps 0")

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from tinydb import cli
 from tinydb.cli import option
-from tinydb.config import (Checked, InputError, ModelInfo, PartConfig, ScheduleConfig, TextConfig, UNetConfig, VAEConfig,
-                           read_json, require)
+from tinydb.config import (Checked, InputError, ModelInfo, PartConfig, ScheduleConfig, TextConfig, UNetConfig,
+                           VAEConfig, read_json, require)
 from tinydb.diffusion import NoiseSchedule
 from tinydb.pipeline import MODEL_INDEX, PARTS, StableDiffusion
 from tinydb.storage import (WEIGHT_FILES, build_model, canonical_name, check_free_disk, read_tensors, refuse_pointer,
@@ -39,7 +39,7 @@ from tinydb.tokenizer import EOS, CLIPTokenizer
 PREFIXES = {"text_encoder": "cond_stage_model.", "unet": "model.diffusion_model.", "vae": "first_stage_model."}
 
 # Our names, which are diffusers', and LDM's. The rows are applied in order, each to the beginning of a name; what no
-# row changes is the same in both. {i} is a level, {j} a block in it; `ldm_numbers` works out what LDM counts differently.
+# row changes is the same in both. {i} is a level, {j} a block in it; `ldm_numbers` has what LDM counts differently.
 # RENAMES in tinydb/storage.py lists what LDM files hold besides, and drops it.
 TABLE = {
     "unet": {

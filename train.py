@@ -11,8 +11,7 @@ pictures that the model itself made of "a photo of a dog", which it must go on p
 
     loss = |prediction - target|^2 over instance pictures + prior_weight * the same over class pictures
 
-To understand a step of training, read `DreamBoothLoss` and the loop in `main`. What a run writes into its folder OUT is
-listed in tinydb/run.py.
+A step of training is `DreamBoothLoss` and the loop in `main`. tinydb/run.py lists what a run writes into its folder OUT.
 """
 
 import math
@@ -67,29 +66,24 @@ class Settings(Checked):
     out: str | None = option(None, "folder to write (default: runs/<name of IMAGES>)", free=True)
     identifier: str = option(DEFAULT_IDENTIFIER, "the word that will name your subject; a rare one without a meaning")
     steps: int | None = option(None, "training steps (default: the model's recipe)", least=1, free=True)
-    batch: int | None = option(None, "instance pictures per process and micro-step; as many class pictures ride along "
-                                     "(default: recipe)", least=1)
+    batch: int | None = option(None, "your pictures a micro-step, and as many of the class (default: recipe)", least=1)
     accumulate: int = option(1, "micro-steps per step: a larger batch in the same memory", least=1)
     freeze_text: bool = option(False, "train the UNet alone: less memory, a little less likeness")
     lr: float | None = option(None, "learning rate (default: recipe)", above=0)
-    lr_text: float | None = option(None, "the text encoder's learning rate (default: recipe, in proportion to --lr)",
-                                   above=0)
+    lr_text: float | None = option(None, "of the text encoder (default: recipe, in proportion to --lr)", above=0)
     prior_weight: float = option(1.0, "weight of the class pictures' loss; 0 does without them", least=0)
     class_images: int | None = option(None, "class pictures to train with (default: recipe)", least=1)
-    class_dir: str | None = option(None, "folder with class pictures of your own, or an earlier run's class_images",
-                                   free=True)
+    class_dir: str | None = option(None, "class pictures of your own, or an earlier run's class_images", free=True)
     precision: str = option("auto", "of the arithmetic; trained weights are always fp32. auto: bf16 or fp16 on a GPU",
                             choices=("auto", "fp32", "bf16", "fp16"), free=True)
-    recompute: bool = option(False, "recompute activations in the backward pass: less memory, a third slower",
-                             free=True)
+    recompute: bool = option(False, "recompute activations in the backward pass: less memory, slower", free=True)
     compile: bool = option(False, "torch.compile the UNet: minutes at the start, faster steps; for long runs")
     save_every: int = option(200, "steps between checkpoints; 0 is never", least=0, free=True)
     sample_every: int = option(0, "steps between preview grids; 0 is never", least=0, free=True)
     keep: int = option(2, "checkpoints to keep, besides the best one", least=1, free=True)
     resume: bool = option(False, "continue the run in OUT from its newest checkpoint", noted=False)
     log: str | None = option(None, "also log to tensorboard or wandb", choices=("tensorboard", "wandb"), free=True)
-    config: str | None = option(None, "JSON file with any of these options, such as an earlier OUT/config.json",
-                                noted=False)
+    config: str | None = option(None, "JSON file with any of these options, as OUT/config.json has them", noted=False)
     seed: int = option(0, "decides everything random", least=0, most=2**32 - 1)
     device: str = option("auto", "cpu, cuda, mps, ... or auto", free=True)
 
@@ -173,8 +167,8 @@ def recompute_activations(model: nn.Module) -> None:
 
 def diverged(step: int, what: str, lr: float) -> InputError:
     """The error that ends a run whose numbers are no longer finite."""
-    return InputError(f"step {step}: {what}; this step is not saved, checkpoints before it are. Start again with a lower "
-                      f"--lr than {lr} or --precision fp32, in another --out; --class-dir keeps the class pictures")
+    return InputError(f"step {step}: {what}; this step is not saved, checkpoints before it are. Start again with a "
+                      f"lower --lr than {lr} or --precision fp32, in another --out; --class-dir keeps class pictures")
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
@@ -330,7 +324,8 @@ def main(settings: Settings) -> None:
                     initial=state["step"], total=settings.steps, disable=rank > 0)
     for step in progress:
         # One batch for all processes and micro-steps, which take their parts: any split of it is the same step.
-        batch = random_batch(sets, settings.batch * settings.accumulate * world_size, num_timesteps, settings.seed, step)
+        examples = settings.batch * settings.accumulate * world_size
+        batch = random_batch(sets, examples, num_timesteps, settings.seed, step)
         sums = torch.zeros(len(sets) + 1, device=device)  # the losses, and whether to stop
         for micro_step in range(settings.accumulate):
             part = batch.part(rank * settings.accumulate + micro_step, settings.batch).to(device)
@@ -391,7 +386,7 @@ def main(settings: Settings) -> None:
         run.report()
         print(f"\n{run.out / 'model'} knows your {settings.class_noun} as {PLACEHOLDER}. Try:\n\n"
               f"    {sample_command(run.out / 'model', settings.class_noun)}\n")
-        if state["best_step"] not in (None, state["step"]):
+        if state["best_step"] not in (None, settings.steps):
             print(f"The validation loss was lowest at step {state['best_step']}:\n\n"
                   f"    {sample_command(run.checkpoint(state['best_step']), settings.class_noun)}\n")
     if world_size > 1:
@@ -401,5 +396,5 @@ def main(settings: Settings) -> None:
 if __name__ == "__main__":
     cli.run(main, Settings, __doc__, defaults=settings_in_file,
             after_failure="; once that is mended, --resume goes on from the last checkpoint",
-            out_of_memory="Try, in this order: --freeze-text (no gradients and moments of the text encoder), --recompute "
-                          "(hardly any activations), --batch 1 with more --accumulate; the plan above has the sizes")
+            out_of_memory="Try, in this order: --freeze-text (no gradients and moments of the text encoder), "
+                          "--recompute (hardly any activations), --batch 1 with more --accumulate")

@@ -1,6 +1,5 @@
 """sample.py: the pictures, where they go, what they say of themselves, and what it answers to bad input."""
 
-import json
 import os
 import re
 import shutil
@@ -256,12 +255,14 @@ def test_file_of_prompts_that_cannot_be_used(command, tmp_path, name, text, word
 
 
 @pytest.mark.parametrize("options", [
-    {"negative": "the dog", "seed": 5, "steps": 4, "eta": 0.5, "size": (24, 16)}, {"sampler": "dpm", "guidance_scale": 1.5},
+    {"negative": "the dog", "seed": 5, "steps": 4, "eta": 0.5, "size": (24, 16)},
+    {"sampler": "dpm", "guidance_scale": 1.5},
 ], ids=lambda options: next(iter(options)))
 def test_picture_is_drawn_again_from_what_it_says(draw, tmp_path, options):
     [(path, first)] = draw("a dog, on the moon", **options).items()
     [(prompt, again)] = read("--from", str(tmp_path / path), "--device", "cpu", "--out", str(tmp_path / "again"))
-    assert difference([first], draw(prompt, **{name: value for name, value in vars(again).items() if name != "prompt"}).values()) == 0
+    settings = {name: value for name, value in vars(again).items() if name != "prompt"}
+    assert difference([first], draw(prompt, **settings).values()) == 0
     [(other_prompt, other)] = read("a cat", "--from", str(tmp_path / path), "--seed", "9")
     assert (other_prompt, other.seed, other.negative) == ("a cat", 9, again.negative)
 

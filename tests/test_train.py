@@ -1,7 +1,6 @@
 """train.py in one process: its loss, what a run leaves behind, class images, configuration, and bad input."""
 
 import json
-import re
 import shlex
 import shutil
 import sys

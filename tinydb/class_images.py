@@ -63,8 +63,8 @@ class ClassImages:
         return own + [fit(open_picture(path), self.sd.resolution) for path in paths]
 
     def draw(self, paths: list[Path], dtype: torch.dtype, rank: int, world_size: int, stop: StopSignal) -> None:
-        """Draw those of `paths` that are missing or damaged. Groups of consecutive pictures go to the ranks in turn, so the
-        files are the same for any number of ranks."""
+        """Draw those of `paths` that are missing or damaged. Groups of consecutive pictures go to the ranks in turn, so
+        the files are the same for any number of ranks."""
         groups = [range(i, min(i + GROUP, len(paths))) for i in range(0, len(paths), GROUP)]
         groups = [group for group in groups[rank::world_size] if not all(is_picture(paths[i]) for i in group)]
         sd, recipe = self.sd, self.sd.info.recipe

@@ -30,7 +30,7 @@ from tinydb.storage import check_free_disk, remove, written_whole
 
 
 class StopSignal:
-    """Remembers that the user asked the run to stop; the loop looks at the end of a step, when stopping loses nothing."""
+    """Remembers that the user asked the run to stop. The loop looks at the end of a step, when nothing is lost."""
 
     def __init__(self, rank: int):
         self.asked, self.rank = False, rank
@@ -98,7 +98,8 @@ class Run:
         known = before.get("run", {})
         pairs += [(f"the run's {name}", known.get(name), value) for name, value in facts.items()]
         for name, then, now in pairs:
-            require(then == now, f"--resume: {name} was {then!r} and is now {now!r}; give what it was, or another --out")
+            require(then == now,
+                    f"--resume: {name} was {then!r} and is now {now!r}; give what it was, or another --out")
 
     def check_disk(self, sd: StableDiffusion, settings: Any) -> None:
         """InputError where the disk cannot hold the checkpoints, each of them the weights and two moments of each in

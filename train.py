@@ -11,7 +11,7 @@ pictures that the model itself made of "a photo of a dog", which it must go on p
 
     loss = |prediction - target|^2 over instance pictures + prior_weight * the same over class pictures
 
-A step of training is `DreamBoothLoss` and the loop in `main`. tinydb/run.py lists what a run writes into its folder OUT.
+A step of training is `DreamBoothLoss` and the loop in `main`. tinydb/run.py lists what a run writes into OUT.
 """
 
 import math

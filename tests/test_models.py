@@ -195,3 +195,12 @@ def test_time_embedding(channels):
     ours = timestep_embedding(timesteps, channels)
     torch.testing.assert_close(ours, get_timestep_embedding(timesteps, channels, True, 0))
     assert ours[0].tolist() == [1.0] * (channels // 2) + [0.0] * (channels // 2)
+
+
+def test_sd21_attention_in_float16_stays_finite():
+    """Its products exceed 65504, float16's largest number, so they are taken in float32."""
+    attention = Attention(16, 16, heads=2, qkv_bias=False, upcast=True).half()
+    with torch.no_grad():
+        attention.to_q.weight.copy_(100 * torch.eye(16))
+        attention.to_k.weight.copy_(100 * torch.eye(16))
+        assert attention(torch.ones(1, 3, 16, dtype=torch.float16) * 10).isfinite().all()

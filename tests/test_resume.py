@@ -316,7 +316,7 @@ def wait_for(run: Script, condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signals_save_and_exit_with_130(nano, photos, tmp_path, number):
     """However many of them come; what it prints is true."""
     out = tmp_path / "out"

@@ -144,6 +144,33 @@ def test_first_step_is_that_of_train_dreambooth(gradients, pairs, photos, tmp_pa
     assert distance(ours, reference_gradients(pair, loss)) < 1e-5
 
 
+def test_two_steps_are_those_of_a_plain_loop(teach, pairs, photos, tmp_path):
+    """AdamW as the paper's followers use it, with the clip active: gradients of norm over 1 are scaled down to 1."""
+    out = teach(tmp_path / "out", batch=3, steps=2, save_every=0)
+    pair = pairs("nano")
+    pictures = [sorted(photos.glob("*.png")), sorted(out.glob("class_images/*/*.png"))]
+    sets = [Latents.of([fit(open_picture(path), 16) for path in paths], pair.sd.vae, torch.device("cpu"))
+            for paths in pictures]
+    model = DreamBoothLoss(tinydb.load(pair.folder), PROMPTS, freeze_text=False)
+    optimizer = torch.optim.AdamW([{"params": model.unet.parameters(), "lr": 1e-3},
+                                   {"params": model.text_encoder.parameters(), "lr": 5e-4}],
+                                  betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+    for step in range(2):
+        model(random_batch(sets, 3, 1000, seed=0, step=step)).sum().backward()
+        norm = size([parameter.grad for parameter in model.parameters()])
+        assert norm > 1
+        for parameter in model.parameters():
+            parameter.grad /= norm
+        optimizer.step()
+        optimizer.zero_grad()
+    start = DreamBoothLoss(tinydb.load(pair.folder), PROMPTS, freeze_text=False)
+    saved = {f"unet.{name}": tensor for name, tensor in load_file(out / "model" / UNET).items()}
+    saved |= {f"text_encoder.{name}": tensor for name, tensor in load_file(out / "model" / TEXT).items()}
+    before = [parameter.detach() for parameter in start.parameters()]
+    ours = [saved[name] - a for (name, _), a in zip(start.named_parameters(), before)]
+    assert distance(ours, [b.detach() - a for b, a in zip(model.parameters(), before)]) < 3e-4
+
+
 def test_prior_weight_0_needs_no_class_pictures(teach, tmp_path):
     out = teach(tmp_path / "out", prior_weight=0.0, steps=1)
     assert not (out / "class_images").exists()

@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,14 @@ class StopSignal:
 
     def __init__(self, rank: int):
         self.asked, self.rank = False, rank
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.receive)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a dropped SSH line hangs up; Windows has no such signal
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self.receive)
 
     def receive(self, number: int, frame: object) -> None:
         if not self.asked and self.rank == 0:
-            os.write(2, b"\nstopping after this step\n")  # print is not for signal handlers
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, b"\nstopping after this step\n")  # print is not for signal handlers
         self.asked = True
 
     def asked_anywhere(self, device: torch.device) -> bool:

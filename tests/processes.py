@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partialmethod
 from pathlib import Path
 from unittest import mock
 
@@ -20,6 +21,7 @@ import torch
 import torch._dynamo  # noqa: F401, what the scripts import on the way: for the forks to have it
 import torch._refs  # noqa: F401
 from torch import Tensor
+from tqdm import tqdm
 
 import sample  # noqa: F401
 import train  # noqa: F401
@@ -109,7 +111,9 @@ def start_ranks(world: int, output: Path, *argv: str, prepare: Callable[[], None
 
 
 def limit_file_size(limit: int) -> None:
-    """Writing beyond this many bytes of any file fails, as it does on a full disk."""
+    """Writing beyond this many bytes of any file fails, as it does on a full disk; stderr is a file too, so the
+    progress bars keep quiet."""
+    tqdm.__init__ = partialmethod(tqdm.__init__, mininterval=1000)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 

@@ -76,7 +76,8 @@ class Settings(Checked):
     class_dir: str | None = option(None, "class pictures of your own, or an earlier run's class_images", free=True)
     precision: str = option("auto", "of the arithmetic; trained weights are always fp32. auto: bf16 or fp16 on a GPU",
                             choices=("auto", "fp32", "bf16", "fp16"), free=True)
-    recompute: bool = option(False, "recompute activations in the backward pass: less memory, slower", free=True)
+    recompute: bool = option(False, "keep fewer activations and recompute them: less memory, slower", free=True,
+                             formerly="checkpointing")
     compile: bool = option(False, "torch.compile the UNet: minutes at the start, faster steps; for long runs")
     save_every: int = option(200, "steps between checkpoints; 0 is never", least=0, free=True)
     sample_every: int = option(0, "steps between preview grids; 0 is never", least=0, free=True)
@@ -185,8 +186,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 def save_checkpoint(folder: Path, sd: StableDiffusion, weights: Path, groups: dict[str, dict[str, Tensor]],
                     state: dict[str, object]) -> None:
-    """A model folder to sample from, and beside it what resuming needs: groups of named tensors and a few numbers.
-    Whole or not at all."""
+    """A model folder to sample from, and named groups of tensors and a few numbers to resume; whole or not at all."""
     with written_whole(folder) as path:
         sd.write(path, torch.float32, vae_from=weights)
         tensors = {f"{kind}.{name}": tensor for kind, group in groups.items() for name, tensor in group.items()}
@@ -194,8 +194,8 @@ def save_checkpoint(folder: Path, sd: StableDiffusion, weights: Path, groups: di
         write_json(path / "state.json", state)
 
 
-def load_checkpoint(folder: Path, model: DreamBoothLoss, optimizer: torch.optim.Optimizer) -> dict[str, object]:
-    """Put weights and the optimizer's tensors back, and return the few numbers. InputError if any tensor is missing."""
+def load_checkpoint(folder: Path, model: DreamBoothLoss, optimizer: torch.optim.Optimizer) -> None:
+    """Put weights and the optimizer's tensors back; InputError if any tensor is missing."""
     parameters = dict(model.named_parameters())
     for part in ("unet", "text_encoder"):
         path = folder / part / WEIGHT_FILES[part]
@@ -216,7 +216,6 @@ def load_checkpoint(folder: Path, model: DreamBoothLoss, optimizer: torch.optim.
         # of a channels_last weight with the wrong elements
         like = tensor if kind == "step" else parameters[name].detach()
         optimizer.state[parameters[name]][kind] = torch.empty_like(like, device=parameters[name].device).copy_(tensor)
-    return read_json(folder / "state.json")
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -303,7 +302,8 @@ def main(settings: Settings) -> None:
     # Where we are: at step 0, or at the newest checkpoint.
     state = {"step": 0, "best_step": None, "best_loss": None, "scaler": scaler.state_dict()}
     if settings.resume and run.checkpoints():
-        state = load_checkpoint(run.checkpoints()[-1], model, optimizer)
+        state = run.read_state(run.checkpoints()[-1])
+        load_checkpoint(run.checkpoints()[-1], model, optimizer)
         scaler.load_state_dict(state["scaler"])
     parallel = model
     if world_size > 1:

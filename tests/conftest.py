@@ -220,7 +220,7 @@ def photos(tmp_path_factory) -> Path:
 def one_thread() -> Iterator[None]:
     """One thread, since another number of them moves last bits; no signal handlers that outlive the test."""
     threads = torch.get_num_threads()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)

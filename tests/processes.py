@@ -8,24 +8,23 @@ import multiprocessing
 import os
 import resource
 import runpy
+import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partialmethod
 from pathlib import Path
 from unittest import mock
 
 import torch
-import torch._dynamo  # noqa: F401, what the scripts import on the way: for the forks to have it
-import torch._refs  # noqa: F401
-from torch import Tensor
-from tqdm import tqdm
+import torch._dynamo  # noqa: F401, which the first step of an optimizer imports: for the forks to have it
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import sample  # noqa: F401
+import tinydb.storage
 import train  # noqa: F401
-from tinydb.diffusion import NoiseSchedule
 
 ROOT = Path(__file__).parent.parent
 fork = multiprocessing.get_context("forkserver")
@@ -111,26 +110,32 @@ def start_ranks(world: int, output: Path, *argv: str, prepare: Callable[[], None
 
 
 def limit_file_size(limit: int) -> None:
-    """Writing beyond this many bytes of any file fails, as it does on a full disk; stderr is a file too, so the
-    progress bars keep quiet."""
-    tqdm.__init__ = partialmethod(tqdm.__init__, mininterval=1000)
+    """Writing beyond this many bytes of any file fails, as it does on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def raise_out_of_memory() -> None:
     """The first step finds the memory full."""
-    def clip_grad_norm_(parameters: list, limit: float) -> None:
+    def fail(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nSee the documentation")
 
-    torch.nn.utils.clip_grad_norm_ = clip_grad_norm_
+    register_optimizer_step_pre_hook(fail)
 
 
-def record_noise(folder: Path) -> None:
-    """Note, in a file for each rank, the noise that is added in training."""
-    def add_noise(self: NoiseSchedule, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        if torch.is_grad_enabled():  # not the validation
-            with (folder / f"noise-{os.environ['RANK']}.txt").open("a") as file:
-                file.writelines(f"{picture.double().sum().item()!r}\n" for picture in noise)
-        return original(self, latents, noise, timesteps)
+def kill_at_file(name: str, count: int) -> None:
+    """The process is killed when it has begun to write the `count`-th safetensors file of that name."""
+    def save_file(tensors: dict, path: Path, **options: object) -> None:
+        nonlocal count
+        count -= path.name == name
+        if count == 0:
+            path.write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(tensors, path, **options)
 
-    original, NoiseSchedule.add_noise = NoiseSchedule.add_noise, add_noise
+    original, tinydb.storage.save_file = tinydb.storage.save_file, save_file
+
+
+def slow_disk(rank: str, seconds: float) -> None:
+    """One rank waits that long for each file to be on the disk."""
+    if os.environ["RANK"] == rank:
+        os.fsync = lambda descriptor: time.sleep(seconds)

@@ -7,41 +7,38 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import files
+from conftest import TEXT, UNET, edit_json, edit_tensors, files, metrics, names, refusal
 from PIL import Image
-from processes import Script, arguments, limit_file_size, start
-from safetensors.torch import load_file, save_file
-from torch import nn
+from processes import Script, arguments, kill_at_file, limit_file_size, start
+from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import tinydb
 import train
-from tinydb.cli import Stopped
-from tinydb.config import InputError
+from tinydb.cli import Stopped, option
+from tinydb.run import Run
 
 STATE = "state.safetensors"
 
 
 def steps_of(out: Path) -> list[int]:
     """The steps that metrics.jsonl holds."""
-    return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in metrics(out)]
 
 
 def checkpoints(out: Path) -> list[str]:
-    return sorted(path.name for path in (out / "checkpoints").iterdir())
+    return names(out / "checkpoints")
 
 
-def refusal(teach, out: Path, **settings) -> str:
-    """The one line that a run ends with; it changes nothing in `out`."""
-    before = files(out)
-    with pytest.raises(InputError) as caught:
-        teach(out, **settings)
-    assert files(out) == before and "\n" not in str(caught.value)
-    return str(caught.value)
+def copied(out: Path, tmp_path: Path) -> Path:
+    """A run of one's own to go on with."""
+    return Path(shutil.copytree(out, tmp_path / "out"))
 
 
 def assert_same_result(out: Path, expected: Path) -> None:
@@ -49,31 +46,22 @@ def assert_same_result(out: Path, expected: Path) -> None:
     assert files(out / "model") == files(expected / "model")
     newest = checkpoints(expected)[-1]
     assert files(out / "checkpoints" / newest) == files(expected / "checkpoints" / newest)
-    assert steps_of(out) == steps_of(expected)
+    assert metrics(out) == metrics(expected)
 
 
-@pytest.fixture
-def signal_at(monkeypatch) -> Callable[[int, signal.Signals], None]:
-    """signal_at(step, number): this process gets a signal in the middle of that step."""
-    def arrange(step: int, number: signal.Signals = signal.SIGTERM) -> None:
-        calls = []
+def stopped_at_step(teach, step: int, out: Path, **settings) -> Path:
+    """A run that gets a signal in the middle of that step."""
+    calls = []
 
-        def clip_grad_norm_(parameters: list[nn.Parameter], limit: float) -> torch.Tensor:
-            calls.append(limit)
-            if len(calls) == step:
-                os.kill(os.getpid(), number)
-            return clip(parameters, limit)
+    def kill(*arguments: object) -> None:
+        calls.append(arguments)
+        if len(calls) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-        monkeypatch.setattr(nn.utils, "clip_grad_norm_", clip_grad_norm_)
-
-    clip = nn.utils.clip_grad_norm_
-    return arrange
-
-
-def stopped(teach, out: Path, **settings) -> Path:
-    """A run that a signal ends."""
+    hook = register_optimizer_step_pre_hook(kill)
     with pytest.raises(Stopped, match="--resume"):
         teach(out, **settings)
+    hook.remove()
     assert not (out / "model").exists()
     return out
 
@@ -82,34 +70,97 @@ def stopped(teach, out: Path, **settings) -> Path:
 
 
 @pytest.mark.parametrize("settings", [
-    {}, {"accumulate": 2}, {"sample_every": 1}, {"freeze_text": True}, {"prior_weight": 0.0},
-    {"precision": "bf16"}, {"precision": "fp16"}, {"save_every": 0}, {"recompute": True},
-], ids=lambda settings: " ".join(settings) or "plain")
-def test_stopped_and_resumed_run_ends_in_the_same_bytes(teach, signal_at, tmp_path, settings):
+    {"accumulate": 2, "sample_every": 1}, {"freeze_text": True, "precision": "bf16"}, {"precision": "fp16"},
+    {"recompute": True, "prior_weight": 0.0}, {"save_every": 0},
+], ids=" ".join)
+def test_stopped_and_resumed_run_ends_in_the_same_bytes(teach, tmp_path, settings):
     """As one that was left alone."""
     settings = {"save_every": 4, **settings}
     whole = teach(tmp_path / "whole", **settings)
-    signal_at(1)  # too late for this step, in time for the next
-    out = stopped(teach, tmp_path / "out", **settings)
+    out = stopped_at_step(teach, 1, tmp_path / "out", **settings)  # too late for this step, in time for the next
     assert checkpoints(out) == ["step-000002"]
     teach(out, resume=True, **settings)
     if settings["save_every"]:
-        assert_same_result(out, whole)
-    assert files(out / "model") == files(whole / "model")
+        assert files(out / "checkpoints" / "step-000004") == files(whole / "checkpoints" / "step-000004")
+    assert files(out / "model") == files(whole / "model") and steps_of(out) == [1, 2, 3, 4]
 
 
-def test_steps_may_be_raised(teach, tmp_path):
-    whole = teach(tmp_path / "whole", steps=4, save_every=2)
-    out = teach(tmp_path / "out", steps=2, save_every=2)
-    teach(out, steps=4, save_every=2, resume=True)
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, nano, photos) -> Path:
+    """The OUT of a run of two steps. Its pictures are elsewhere now."""
+    out = tmp_path_factory.mktemp("begun") / "out"
+    images = shutil.copytree(photos, out.parent / "photos")
+    run = start(out.parent / "log", "train.py", *arguments(
+        images=images, class_noun="dog", weights=nano, device="cpu", out=out, steps=2, save_every=2))
+    assert run.wait() == 0, run.stderr
+    shutil.rmtree(images)
+    return out
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, nano, photos) -> Path:
+    """The OUT of the same run of four steps."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run = start(out.parent / "log", "train.py", *arguments(
+        images=photos, class_noun="dog", weights=nano, device="cpu", out=out, steps=4, save_every=2))
+    assert run.wait() == 0, run.stderr
+    return out
+
+
+def test_steps_may_be_raised_and_folders_moved(teach, begun, whole, nano, tmp_path):
+    """The weights that it began with as well: the digests in config.json tell that they are the same."""
+    out, weights = copied(begun, tmp_path), shutil.copytree(nano, tmp_path / "elsewhere" / nano.name)
+    teach(out, weights=str(weights), save_every=2, resume=True)
     assert_same_result(out, whole)
     assert json.loads((out / "config.json").read_text())["steps"] == 4
+
+
+def test_options_that_change_no_weight_may_change(teach, begun, whole, tmp_path):
+    out = copied(begun, tmp_path)
+    teach(out, save_every=1, keep=5, recompute=True, sample_every=3, resume=True)
+    assert files(out / "model") == files(whole / "model")
+    assert checkpoints(out) == ["step-000002", "step-000003", "step-000004"] and names(out / "samples")
+
+
+def to_old_format(out: Path) -> None:
+    """The files of a run as they were before train.py was taken apart into rooms."""
+    config = json.loads((out / "config.json").read_text())
+    config["checkpointing"] = config.pop("recompute")  # which was called so
+    (out / "config.json").write_text(json.dumps(config))
+    more = {"lr": 1e-3, "unet_change": 0.1, "text_encoder_change": 0.1}  # of which nothing is logged any more
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line | more) + "\n" for line in metrics(out)))
+
+
+def test_old_run_goes_on(teach, begun, whole, tmp_path):
+    out = copied(begun, tmp_path)
+    to_old_format(out)
+    teach(out, save_every=2, resume=True)
+    for folder in ("model", "checkpoints/step-000004"):
+        assert files(out / folder) == files(whole / folder)
+    assert steps_of(out) == [1, 2, 3, 4]
+
+
+@dataclass(frozen=True)
+class LaterSettings(train.Settings):
+    """The settings of a later version."""
+
+    ema: float = option(0.0, "an option that older runs do not know")
+
+
+def test_older_run_has_the_default_of_an_option_that_it_does_not_know(begun, whole, nano, photos, one_thread,
+                                                                      tmp_path):
+    out = copied(begun, tmp_path)
+    settings = partial(LaterSettings, images=str(photos), class_noun="dog", weights=str(nano), device="cpu",
+                       out=str(out), save_every=2, resume=True)
+    assert "ema was 0.0 and is now 0.9" in refusal(train.main, settings(ema=0.9))
+    train.main(settings())
+    assert_same_result(out, whole)
 
 
 def test_stopped_while_class_images_are_made(teach, tmp_path, monkeypatch):
     """What was made is kept, the rest is made later."""
     settings = {"class_images": 17, "steps": 1, "save_every": 1}
-    whole = teach(tmp_path / "whole", **settings)
+    expected = teach(tmp_path / "whole", **settings)
     calls, original = [], tinydb.StableDiffusion.generate
 
     def generate(self, prompts, **options):
@@ -119,43 +170,37 @@ def test_stopped_while_class_images_are_made(teach, tmp_path, monkeypatch):
         return original(self, prompts, **options)
 
     monkeypatch.setattr(tinydb.StableDiffusion, "generate", generate)
-    out = stopped(teach, tmp_path / "out", **settings)
-    assert len(files(out / "class_images")) == 16
-    teach(out, resume=True, **settings)
+    with pytest.raises(Stopped, match="--resume"):
+        teach(tmp_path / "out", **settings)
+    assert len(files(tmp_path / "out" / "class_images")) == 16
+    out = teach(tmp_path / "out", resume=True, **settings)
     assert len(calls) == 3
+    assert_same_result(out, expected)
+    assert files(out / "class_images") == files(expected / "class_images")
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(teach, begun, whole, tmp_path):
+    """Of steps that come again, and of half a line."""
+    out = copied(begun, tmp_path)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "instance_loss": 1.0}\n{"step": 4, "inst')
+    teach(out, save_every=2, resume=True)
     assert_same_result(out, whole)
-    assert files(out / "class_images") == files(whole / "class_images")
 
 
-def test_resumes_from_the_newest_whole_checkpoint(teach, tmp_path):
-    """Without the newest one, and with half of one beside it; metrics are cut back to where it goes on."""
-    whole = teach(tmp_path / "whole", save_every=1, keep=9)
-    out = Path(shutil.copytree(whole, tmp_path / "out"))
-    for name in ("step-000003", "step-000004"):
-        shutil.rmtree(out / "checkpoints" / name)
-    (out / "checkpoints" / ".step-000003.tmp" / "unet").mkdir(parents=True)
-    (out / "checkpoints" / ".step-000003.tmp" / "state.json").write_text("{")
-    shutil.rmtree(out / "model")
-    teach(out, save_every=1, keep=9, resume=True)
-    assert_same_result(out, whole)
-    assert [name for name in checkpoints(out) if name.startswith("step-")] == checkpoints(whole)
-
-
-def test_without_a_checkpoint_it_starts_at_step_0(teach, tmp_path):
-    whole = teach(tmp_path / "whole", save_every=2)
-    out = Path(shutil.copytree(whole, tmp_path / "out"))
+def test_without_a_checkpoint_it_starts_at_step_0(teach, whole, tmp_path):
+    out = copied(whole, tmp_path)
     shutil.rmtree(out / "checkpoints")
     shutil.rmtree(out / "model")
     teach(out, save_every=2, resume=True)
     assert_same_result(out, whole)
 
 
-def test_finished_run_writes_its_model_again(teach, tmp_path):
-    out = teach(tmp_path / "out", save_every=2)
-    before = files(out)
+def test_finished_run_writes_its_model_again(teach, begun, photos, tmp_path):
+    out = copied(begun, tmp_path)
     shutil.rmtree(out / "model")
-    teach(out, save_every=2, resume=True)
-    assert files(out) == before
+    teach(out, steps=2, save_every=2, resume=True)
+    assert files(out / "model") == files(begun / "model")
 
 
 def test_best_step_is_remembered(teach, tmp_path, monkeypatch, capsys):
@@ -167,14 +212,22 @@ def test_best_step_is_remembered(teach, tmp_path, monkeypatch, capsys):
     assert "lowest at step 1" in capsys.readouterr().out.rpartition("knows your dog")[2]
 
 
-def test_moments_are_laid_out_like_their_weights(teach, nano, tmp_path):
+def test_folders_that_somebody_put_among_the_checkpoints(teach, begun, whole, tmp_path):
+    """They are no checkpoints, and they stay."""
+    out, others = copied(begun, tmp_path), ["step-000030-keep", "step-best", "notes"]
+    for name in others:
+        (out / "checkpoints" / name).mkdir()
+    teach(out, save_every=1, keep=1, resume=True)
+    assert files(out / "model") == files(whole / "model")
+    assert set(others) < set(checkpoints(out)) and "step-000002" not in checkpoints(out)
+
+
+def test_moments_are_laid_out_like_their_weights(nano, begun):
     """Fused AdamW pairs storages, not elements: row-major moments of such weights would be shuffled."""
-    out = teach(tmp_path / "out", steps=2, save_every=2)
     model = train.DreamBoothLoss(tinydb.load(nano), ["a dog"], False).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    state = train.load_checkpoint(out / "checkpoints" / "step-000002", model, optimizer)
-    saved = load_file(out / "checkpoints" / "step-000002" / STATE)
-    assert state["step"] == 2
+    train.load_checkpoint(begun / "checkpoints" / "step-000002", model, optimizer)
+    saved = load_file(begun / "checkpoints" / "step-000002" / STATE)
     weight, expected = model.unet.conv_in.weight, saved["exp_avg.unet.conv_in.weight"]
     moment = optimizer.state[weight]["exp_avg"]
     assert weight.stride() == moment.stride() != expected.stride()
@@ -184,119 +237,109 @@ def test_moments_are_laid_out_like_their_weights(teach, nano, tmp_path):
 # ----------------------------------------------------------------------------------------- what is refused
 
 
-@pytest.fixture(scope="module")
-def begun(tmp_path_factory, nano, photos) -> Path:
-    """The OUT of a run of two steps."""
-    out = tmp_path_factory.mktemp("begun") / "out"
-    run = start(out.parent / "log", "train.py", *arguments(
-        images=photos, class_noun="dog", weights=nano, device="cpu", out=out, steps=2, save_every=2))
-    assert run.wait() == 0, run.stderr
-    return out
+def refused(teach, out: Path, **settings) -> str:
+    """The one line that a run ends with; it changes nothing in `out`."""
+    before = files(out)
+    text = refusal(teach, out, **{"save_every": 2, "resume": True, **settings})
+    assert files(out) == before
+    return text
 
 
 @pytest.mark.parametrize("name, before, now", [
     ("seed", 0, 1), ("lr", 1e-3, 2e-3), ("lr_text", 5e-4, 2e-3), ("batch", 2, 3), ("accumulate", 1, 2),
-    ("prior_weight", 1.0, 0.5),
-    ("class_images", 5, 6), ("class_noun", "dog", "cat"), ("identifier", "ohwx", "zwx"),
-    ("freeze_text", False, True),
+    ("prior_weight", 1.0, 0.5), ("class_images", 5, 6), ("class_noun", "dog", "cat"), ("identifier", "ohwx", "zwx"),
+    ("freeze_text", False, True), ("compile", False, True),
 ])
-def test_changed_option_is_refused_with_both_values(teach, begun, name, before, now):
-    text = refusal(teach, begun, save_every=2, steps=4, resume=True, **{name: now})
-    assert name in text and f"was {before!r}" in text and f"is now {now!r}" in text
+def test_changed_option_is_named_alone(teach, begun, name, before, now):
+    text = refused(teach, begun, **{name: now})
+    assert f"{name} was {before!r} and is now {now!r}" in text and text.count(" was ") == 1
 
 
 def test_changed_precision_is_refused(teach, begun):
-    text = refusal(teach, begun, save_every=2, steps=4, resume=True, precision="bf16")
+    text = refused(teach, begun, precision="bf16")
     assert "precision was 'torch.float32' and is now 'torch.bfloat16'" in text
-
-
-def test_an_option_that_an_older_run_did_not_know_had_its_default(teach, begun, tmp_path):
-    """And names that are no options any more, such as "checkpointing", decide nothing."""
-    out = Path(shutil.copytree(begun, tmp_path / "out"))
-    config = json.loads((out / "config.json").read_text())
-    del config["prior_weight"], config["compile"], config["recompute"]
-    (out / "config.json").write_text(json.dumps({**config, "checkpointing": False}))
-    teach(out, save_every=2, steps=3, resume=True)
-    assert steps_of(out) == [1, 2, 3]
-
-
-def test_paths_and_device_may_be_written_in_another_way(teach, begun, nano, photos, tmp_path):
-    """Digests prove that they are the same."""
-    out = Path(shutil.copytree(begun, tmp_path / "out"))
-    moved = shutil.copytree(photos, tmp_path / "moved")
-    teach(out, images=f"{moved}/", weights=f"{nano}/", device="auto", save_every=2, steps=3, resume=True)
-    assert steps_of(out) == [1, 2, 3]
-
-
-def test_somebody_elses_folder_among_the_checkpoints(teach, begun, tmp_path):
-    out = Path(shutil.copytree(begun, tmp_path / "out"))
-    for name in ("step-000030-keep", "step-x", "notes"):
-        (out / "checkpoints" / name).mkdir()
-    teach(out, save_every=1, steps=4, keep=1, resume=True)
-    assert {"step-000030-keep", "step-x", "notes", "step-000004"} <= set(checkpoints(out))
-
-
-@pytest.mark.parametrize("file, damage", [
-    ("unet/diffusion_pytorch_model.safetensors", lambda tensors: dict(list(tensors.items())[1:])),
-    (STATE, lambda tensors: {}), (STATE, lambda tensors: {name: t[:0] for name, t in tensors.items() if t.dim()}),
-], ids=["a weight is missing", "empty state", "other shapes"])
-def test_incomplete_checkpoint_is_refused(teach, begun, tmp_path, file, damage):
-    out = Path(shutil.copytree(begun, tmp_path / "out"))
-    path = out / "checkpoints" / "step-000002" / file
-    save_file(damage(load_file(path)), path, metadata={"format": "pt"})
-    with pytest.raises(InputError, match="do not fit") as caught:
-        teach(out, save_every=2, steps=4, resume=True)
-    assert str(path) in str(caught.value)
 
 
 def test_changed_pictures_are_refused(teach, begun, photos, tmp_path):
     images = Path(shutil.copytree(photos, tmp_path / "photos"))
-    config = json.loads((begun / "config.json").read_text())
-    out = Path(shutil.copytree(begun, tmp_path / "out"))
-    (out / "config.json").write_text(json.dumps({**config, "images": str(images)}))
     Image.open(images / "0.png").rotate(180).save(images / "0.png")
-    text = refusal(teach, out, images=str(images), save_every=2, steps=4, resume=True)
-    assert "pictures" in text and config["run"]["pictures"] in text
+    text = refused(teach, begun, images=str(images))
+    assert f"pictures was {json.loads((begun / 'config.json').read_text())['run']['pictures']!r}" in text
 
 
-def test_other_number_of_processes_is_refused(begun, nano, photos, tmp_path, teach):
-    out = Path(shutil.copytree(begun, tmp_path / "out"))
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**config, "run": {**config["run"], "world_size": 2}}))
-    text = refusal(teach, out, save_every=2, steps=4, resume=True)
-    assert "world_size was 2 and is now 1" in text
+def test_changed_weights_are_refused(teach, begun, nano, tmp_path):
+    weights = Path(shutil.copytree(nano, tmp_path / "nano"))
+    edit_tensors(weights / TEXT, lambda tensors: {name: 2 * tensor for name, tensor in tensors.items()})
+    assert "model was " in refused(teach, begun, weights=str(weights))
 
 
-def test_finished_run_without_checkpoints_is_refused(teach, tmp_path):
+def test_other_number_of_processes_is_refused(teach, begun, tmp_path):
+    out = copied(begun, tmp_path)
+    edit_json(out / "config.json", run={**json.loads((out / "config.json").read_text())["run"], "world_size": 2})
+    text = refused(teach, out)
+    assert "world_size was 2 and is now 1" in text and text.count(" was ") == 1
+
+
+def test_finished_run_without_checkpoints_is_refused(teach, begun, tmp_path):
     """Rather than taught anew from the beginning."""
-    out = teach(tmp_path / "out", steps=2, save_every=0)
-    before = files(out)
-    assert "kept no checkpoint" in refusal(teach, out, steps=4, save_every=0, resume=True)
-    assert files(out) == before
+    out = copied(begun, tmp_path)
+    shutil.rmtree(out / "checkpoints")
+    assert "kept no checkpoint" in refused(teach, out)
 
 
 def test_steps_below_those_done_are_refused(teach, begun):
-    assert "--steps 1" in refusal(teach, begun, save_every=2, steps=1, resume=True)
-
-
-def test_options_that_change_no_weight_are_not_refused(teach, begun, tmp_path):
-    out = Path(shutil.copytree(begun, tmp_path / "out"))
-    teach(out, save_every=1, steps=3, keep=5, recompute=True, resume=True)
-    assert checkpoints(out) == ["step-000002", "step-000003"]
+    assert "--steps 1" in refused(teach, begun, steps=1)
 
 
 def test_another_run_is_not_overwritten(teach, begun):
-    assert "holds a run" in refusal(teach, begun, save_every=2, steps=2)
+    assert "holds a run" in refused(teach, begun, steps=2, resume=False)
+
+
+def lose_a_tensor(path: Path) -> None:
+    edit_tensors(path, lambda tensors: dict(list(tensors.items())[1:]))
+
+
+def lose_all_tensors(path: Path) -> None:
+    edit_tensors(path, lambda tensors: {})
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def lose_all_entries(path: Path) -> None:
+    path.write_text("{}")
+
+
+@pytest.mark.parametrize("file, damage", [
+    (UNET, lose_a_tensor), (TEXT, lose_a_tensor), (UNET, empty), (STATE, lose_a_tensor), (STATE, lose_all_tensors),
+    (STATE, empty), (STATE, Path.unlink), ("state.json", empty), ("state.json", lose_all_entries),
+    ("state.json", Path.unlink),
+], ids=lambda value: getattr(value, "__name__", Path(str(value)).parts[0]))
+def test_incomplete_checkpoint_is_refused(command, begun, nano, photos, tmp_path, file, damage):
+    """One line that names the file, and nothing more is lost."""
+    out = copied(begun, tmp_path)
+    damage(out / "checkpoints" / "step-000002" / file)
+    before = files(out / "checkpoints")
+    code, _, error = command("train.py", *command_line(nano, photos, out, batch=2, steps=4), "--resume")
+    [line] = [line for line in error.splitlines() if line.startswith("train.py: ")]
+    assert code == 2 and "Traceback" not in error and f"step-000002/{file}" in line
+    assert files(out / "checkpoints") == before
 
 
 def test_run_without_a_checkpoint_may_start_over(teach, tmp_path):
     """With other settings, and with the class images that it has."""
     out = tmp_path / "out"
-    with pytest.raises(InputError):
-        teach(out, lr=1e30, steps=3, save_every=5)
+    refusal(teach, out, lr=1e30, steps=3, save_every=5)
     before = files(out / "class_images")
     teach(out, lr=1e-4, steps=1)
     assert files(out / "class_images") == before and steps_of(out) == [1]
+
+
+def test_hidden_files_do_not_make_a_folder_somebody_elses(teach, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".DS_Store").write_text("{")
+    assert (teach(tmp_path / "out", steps=1) / "model").is_dir()
 
 
 # -------------------------------------------------------------------------------------------- signals
@@ -316,19 +359,18 @@ def wait_for(run: Script, condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_signals_save_and_exit_with_130(nano, photos, tmp_path, number):
+def test_signals_save_and_exit_with_130(nano, photos, tmp_path):
     """However many of them come; what it prints is true."""
     out = tmp_path / "out"
     run = start(tmp_path / "log", "train.py", *command_line(nano, photos, out))
     wait_for(run, lambda: (out / "metrics.jsonl").exists() and len(steps_of(out)) >= 3)
-    for _ in range(5):
+    for number in 2 * (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(run.process.pid, number)
         time.sleep(0.01)
     assert run.wait() == 130
     assert "--resume" in run.message.split("\n")[-1] and "Traceback" not in run.stderr
     assert not (out / "model").exists()
-    [done] = steps_of(out)[-1:]
+    done = steps_of(out)[-1]
     assert checkpoints(out) == [f"step-{done:06d}"]
     again = start(tmp_path / "log", "train.py", *command_line(nano, photos, out, steps=done + 1), "--resume")
     assert again.wait() == 0 and steps_of(out) == list(range(1, done + 2))
@@ -357,16 +399,16 @@ def assert_whole(out: Path, model_files: set[str]) -> None:
         assert {"state.json", STATE} <= files(folder).keys()
 
 
-def test_killed_at_20_random_instants(nano, photos, tmp_path):
+def test_killed_at_random_instants(nano, photos, tmp_path):
     """And resumed each time: no file is ever half there; the model's bytes are those of a run left alone."""
     def run(out: Path, *more: str) -> Script:
         return start(tmp_path / "log", "train.py", *command_line(
             nano, photos, out, steps=5, save_every=1, keep=1, sample_every=2, class_images=9), *more)
 
-    whole, started = tmp_path / "whole", time.monotonic()
-    assert run(whole).wait() == 0
+    expected, started = tmp_path / "whole", time.monotonic()
+    assert run(expected).wait() == 0
     longest, chance, outs = time.monotonic() - started, random.Random(0), []
-    for i in range(20):
+    for i in range(8):
         if not outs or (outs[-1] / "model").exists():
             outs.append(tmp_path / f"out{i}")
         resume = ["--resume"] if (outs[-1] / "config.json").exists() else []
@@ -374,12 +416,24 @@ def test_killed_at_20_random_instants(nano, photos, tmp_path):
         script.process.join(chance.uniform(0, longest))
         script.process.kill()
         script.process.join()
-        assert_whole(outs[-1], files(whole / "model").keys())
+        assert_whole(outs[-1], files(expected / "model").keys())
     for out in outs:
         script = run(out, *["--resume"] * (out / "config.json").exists())
         assert script.wait() == 0, script.stderr
-        assert_same_result(out, whole)
-        assert files(out / "samples") == files(whole / "samples")
+        assert_same_result(out, expected)
+        assert files(out / "samples") == files(expected / "samples")
+
+
+def test_killed_while_it_writes_a_checkpoint(nano, photos, tmp_path, begun, whole):
+    """Half of it is never taken for one, and is gone in the end."""
+    out = copied(begun, tmp_path)
+    resumed = [*command_line(nano, photos, out, batch=2, steps=4, save_every=2), "--resume"]
+    killed = start(tmp_path / "log", "train.py", *resumed, prepare=partial(kill_at_file, STATE, 1))
+    assert killed.wait() == -signal.SIGKILL
+    assert_whole(out, files(whole / "model").keys())
+    assert start(tmp_path / "log", "train.py", *resumed).wait() == 0
+    assert_same_result(out, whole)
+    assert checkpoints(out) == checkpoints(whole)
 
 
 def test_full_disk_leaves_the_last_checkpoint_whole(nano, photos, tmp_path):
@@ -399,80 +453,55 @@ def test_full_disk_leaves_the_last_checkpoint_whole(nano, photos, tmp_path):
     assert checkpoints(out) == ["step-000002", "step-000004"] and steps_of(out) == [1, 2, 3, 4]
 
 
-def test_full_disk_while_metrics_are_written(nano, tmp_path):
-    """One line that names what is wrong; everything else that this run writes is smaller than the limit."""
-    Image.new("RGB", (16, 16)).save(tmp_path / "flat.png")
-    run = start(tmp_path / "log", "train.py", *command_line(
-        nano, tmp_path, tmp_path / "out", steps=100, save_every=0, prior_weight=0),
-        prepare=partial(limit_file_size, 3000))
-    assert run.wait() in (1, 2) and "Traceback" not in run.stderr
-    last = run.message.split("\n")[-1]
-    assert last.startswith("train.py: ") and "too large" in last and "None" not in last
-
-
-def test_half_a_line_of_metrics_is_cut_off(teach, tmp_path):
-    whole = teach(tmp_path / "whole", save_every=2)
-    out = teach(tmp_path / "out", steps=2, save_every=2)
-    with (out / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "inst')
-    teach(out, save_every=2, resume=True)
-    assert_same_result(out, whole)
+def test_full_disk_while_metrics_are_written(nano, photos, tmp_path, begun):
+    """One line that names what is wrong, and what it promises is true. Of all files, the metrics are the longest."""
+    out = copied(begun, tmp_path)
+    first, last = metrics(out)
+    lines = [json.dumps(first), json.dumps(last | {"note": 300_000 * "x"})]
+    (out / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    limit = (out / "metrics.jsonl").stat().st_size + 10
+    resumed = [*command_line(nano, photos, out, batch=2, steps=3), "--resume"]
+    full = start(tmp_path / "log", "train.py", *resumed, prepare=partial(limit_file_size, limit))
+    assert full.wait() in (1, 2) and "Traceback" not in full.stderr
+    message = full.message.split("\n")[-1]
+    assert message.startswith("train.py: ") and "too large" in message and "--resume" in message
+    assert start(tmp_path / "log", "train.py", *resumed).wait() == 0 and steps_of(out) == [1, 2, 3]
 
 
 class Killed(BaseException):
     """Ends a run where it stands, as SIGKILL does, but for `finally`."""
 
 
-def test_killed_around_a_checkpoint(teach, tmp_path, monkeypatch):
-    """Just before it is written, and just after: no step is missing in the metrics, none is there twice."""
+@pytest.mark.parametrize("owner, name", [(train, "save_checkpoint"), (Run, "drop_checkpoints")],
+                         ids=["before", "after"])
+def test_killed_around_a_checkpoint(teach, whole, tmp_path, monkeypatch, owner, name):
+    """No step is missing in the metrics, none is there twice."""
     def killed(*arguments):
         raise Killed
 
-    whole = teach(tmp_path / "whole", save_every=2, sample_every=2)
-    for name in ("save_checkpoint", "drop_checkpoints"):
-        out = tmp_path / name
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(train if name == "save_checkpoint" else train.Run, name, killed)
-            teach(out, save_every=2, sample_every=2)
-        teach(out, save_every=2, sample_every=2, resume=True)
-        assert_same_result(out, whole)
-        assert files(out / "samples") == files(whole / "samples")
-
-
-def test_killed_before_anything_was_noted(teach, tmp_path):
-    """What is left of OUT then does not stand in the way."""
     out = tmp_path / "out"
-    out.mkdir()
-    (out / ".config.json.tmp").write_text("{")
-    assert (teach(out, steps=1) / "model").is_dir()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, name, killed)
+        teach(out, save_every=2)
+    teach(out, save_every=2, resume=True)
+    assert_same_result(out, whole)
 
 
-def test_leftovers_of_a_killed_run_do_no_harm(teach, tmp_path):
-    """Half of what was being written, and half of what was being deleted."""
-    out = teach(tmp_path / "out", steps=2, save_every=1, keep=1)
-    expected = files(out / "model")
-    for name in ("model", "checkpoints/step-000002", "checkpoints/step-000003"):
-        for leftover in (".{}.tmp", ".{}.old", "..{}.tmp.old"):
-            path = out / Path(name).parent / leftover.format(Path(name).name)
-            shutil.copytree(out / "checkpoints" / "step-000002", path)
-            (path / STATE).write_bytes(b"half")
-    teach(out, steps=2, save_every=1, keep=1, resume=True)
-    assert files(out / "model") == expected
-    teach(out, steps=5, save_every=1, keep=1, resume=True)
-    whole = teach(tmp_path / "whole", steps=5, save_every=1, keep=1)
-    assert files(out / "model") == files(whole / "model")
-
-
-def test_nothing_is_half_deleted_under_its_name(teach, tmp_path, monkeypatch):
+def test_nothing_is_half_deleted_under_its_name(teach, begun, tmp_path, monkeypatch):
     """Neither an old checkpoint nor the model that is written again."""
     def killed(path, *arguments, **options):
         next(Path(path).rglob("*.safetensors")).unlink()
         raise Killed
 
-    out = teach(tmp_path / "out", steps=2, save_every=1, keep=2)
-    model_files = files(out / "model").keys()
-    for settings in ({"steps": 2}, {"steps": 3, "keep": 1}):
+    out = copied(begun, tmp_path)
+    for settings in ({"steps": 2}, {"steps": 4, "keep": 1}):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(shutil, "rmtree", killed)
             teach(out, save_every=1, resume=True, **settings)
-        assert_whole(out, model_files)
+        assert_whole(out, files(begun / "model").keys())
+
+
+def test_damaged_config_is_refused(begun, teach, tmp_path):
+    out = Path(shutil.copytree(begun, tmp_path / "out"))
+    edit_json(out / "config.json", run=[])
+    assert "damaged" in refusal(teach, out, steps=4, save_every=2, resume=True)

@@ -1,6 +1,7 @@
 """The class pictures: what the model draws for the class before it learns the subject, to hold it to that."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -14,6 +15,9 @@ from tinydb.run import StopSignal
 from tinydb.storage import fingerprint, written_whole
 
 GROUP = 8  # pictures drawn together; fixed, since it decides their last bit
+# What a key always tells of the schedule. A field that is added later counts where it has not its default: older keys
+# stay valid.
+KEY_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 
 
 def class_prompt(noun: str) -> str:
@@ -39,9 +43,11 @@ class ClassImages:
     def __init__(self, sd: StableDiffusion, weights: Path, prompt: str, seed: int):
         self.sd, self.weights, self.prompt, self.seed = sd, weights, prompt, seed
         self.own: list[Image.Image] = []
-        recipe = sd.info.recipe
-        self.key = fingerprint(weights, json.dumps([prompt, sd.resolution, sd.schedule.config.to_dict(),
-                                                    recipe.class_steps, recipe.class_guidance, seed, GROUP]))
+        recipe, schedule = sd.info.recipe, sd.schedule.config
+        entries = schedule.HEADER | {f.name: getattr(schedule, f.name) for f in fields(schedule)
+                                     if f.name in KEY_FIELDS or getattr(schedule, f.name) != f.default}
+        self.key = fingerprint(weights, json.dumps([prompt, sd.resolution, entries, recipe.class_steps,
+                                                    recipe.class_guidance, seed, GROUP]))
 
     def bring(self, folder: Path) -> list[str]:
         """Take the pictures in a folder of yours; a line on each file that cannot be used."""
@@ -75,10 +81,11 @@ class ClassImages:
         for group in groups:
             if stop.asked:
                 break
+            seeds = [(self.seed + i) % (LAST_SEED + 1) for i in group]
             images = sd.generate([self.prompt] * len(group), steps=recipe.class_steps,
-                                 guidance_scale=recipe.class_guidance, seed=(self.seed + group[0]) % (LAST_SEED + 1))
-            for i, image in zip(group, images):
-                about = describe(self.prompt, "", Steps=recipe.class_steps, Sampler="DDIM", Seed=self.seed + i,
+                                 guidance_scale=recipe.class_guidance, seed=seeds[0])
+            for i, image, seed in zip(group, images, seeds):
+                about = describe(self.prompt, "", Steps=recipe.class_steps, Sampler="DDIM", Seed=seed,
                                  **{"CFG scale": recipe.class_guidance})
                 with written_whole(paths[i]) as temporary:
                     save_png(image, temporary, about)

@@ -89,6 +89,7 @@ def named_fields(settings: type, entries: dict[str, Any], source: str) -> dict[s
     """The entries of a file, which may name options by flag or by field, by field name; `source` is for the error."""
     names = {f.name: f.name for f in fields(settings)}
     names |= {label(f).lstrip("-").replace("-", "_"): f.name for f in fields(settings)}
+    names |= {f.metadata["formerly"]: f.name for f in fields(settings) if "formerly" in f.metadata}
     for key in entries:
         if key not in names:
             nearest = difflib.get_close_matches(key, names, n=1, cutoff=0)[0]

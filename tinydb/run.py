@@ -97,8 +97,9 @@ class Run:
         older run did not know of had its default; a field with `free` changes no gradient, or a fact tells it."""
         pairs = [(f.name, before.get(f.name, f.default), getattr(settings, f.name))
                  for f in fields(settings) if f.metadata.get("noted", True) and not f.metadata.get("free")]
-        known = before.get("run", {})
-        pairs += [(f"the run's {name}", known.get(name), value) for name, value in facts.items()]
+        known = before.get("run")
+        require(isinstance(known, dict), f"{self.out / 'config.json'}: damaged, without its run; give another --out")
+        pairs += [(f"the run's {name}", known.get(name, value), value) for name, value in facts.items()]
         for name, then, now in pairs:
             require(then == now,
                     f"--resume: {name} was {then!r} and is now {now!r}; give what it was, or another --out")
@@ -106,10 +107,11 @@ class Run:
     def check_disk(self, sd: StableDiffusion, settings: Any) -> None:
         """InputError where the disk cannot hold the checkpoints, each of them the weights and two moments of each in
         fp32, and the result."""
-        parameters = sum(p.numel() for part in (sd.unet, sd.text_encoder) for p in part.parameters())
+        trained, vae = (4 * sum(p.numel() for part in parts for p in part.parameters())
+                        for parts in ((sd.unet, sd.text_encoder), (sd.vae,)))  # bytes
         checkpoints = settings.keep + 2 if settings.save_every else 1  # the best one, and one under way
-        there = sum(path.stat().st_size for path in (self.out / "checkpoints").rglob("*.safetensors"))
-        check_free_disk(self.out, 12 * parameters * checkpoints + 4 * parameters - there,
+        there = sum(file.stat().st_size for folder in self.checkpoints() for file in folder.rglob("*.safetensors"))
+        check_free_disk(self.out, (3 * trained + vae) * checkpoints + trained + vae - there,
                         "use --keep 1, --save-every 0 or another --out")
 
     # ---------------------------------------------------------------------------------------- checkpoints
@@ -128,6 +130,14 @@ class Run:
         names = (self.out / "checkpoints").glob("step-*")
         return sorted((path for path in names if re.fullmatch(r"step-\d{6,}", path.name)), key=self.step_of)
 
+    def read_state(self, checkpoint: Path) -> dict[str, Any]:
+        """The few numbers of a checkpoint; InputError where they are not whole."""
+        state = read_json(checkpoint / "state.json")
+        whole = (state.keys() >= {"step", "best_step", "best_loss", "scaler"} and isinstance(state["scaler"], dict)
+                 and state["step"] == self.step_of(checkpoint))
+        require(whole, f"{checkpoint / 'state.json'}: damaged; delete this checkpoint to go on from the one before it")
+        return state
+
     def drop_checkpoints(self, keep: int, best_step: int | None) -> None:
         """Delete all but the newest `keep` checkpoints and the best one."""
         for path in self.checkpoints()[:-keep]:
@@ -144,9 +154,9 @@ class Run:
     def open_log(self, step: int, tracker: str | None, settings: Any) -> None:
         """Open metrics.jsonl to append to, cut back to what a checkpoint at `step` knows of, and the tracker."""
         path = self.out / "metrics.jsonl"
-        lines = path.read_text().splitlines()[:step] if path.exists() else []  # one a step, the last perhaps in half
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []  # one a step, or half of one
         with written_whole(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in lines))
+            temporary.write_text("".join(line + "\n" for line in lines[:step]))
         self.metrics = path.open("a")
         self.track = open_tracker(tracker, self.out, settings, step)
 

@@ -14,33 +14,30 @@ import json
 import re
 import warnings
 import zipfile
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+from huggingface_hub import constants, hf_hub_download, model_info, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinydb import cli
-from tinydb.cli import option
-from tinydb.config import (Checked, InputError, ModelInfo, PartConfig, ScheduleConfig, TextConfig, UNetConfig,
-                           VAEConfig, read_json, require)
+from tinydb.config import (Checked, InputError, ModelInfo, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, read_json,
+                           require)
 from tinydb.diffusion import NoiseSchedule
 from tinydb.pipeline import MODEL_INDEX, PARTS, StableDiffusion
-from tinydb.storage import (WEIGHT_FILES, build_model, canonical_name, check_free_disk, read_tensors, refuse_pointer,
-                            save_tensors, written_whole)
+from tinydb.storage import (WEIGHT_FILES, build_model, canonical_name, canonical_names, check_free_disk, check_tensors,
+                            read_tensors, refuse_pointer, save_tensors, written_whole)
 from tinydb.tokenizer import EOS, CLIPTokenizer
 
 PREFIXES = {"text_encoder": "cond_stage_model.", "unet": "model.diffusion_model.", "vae": "first_stage_model."}
 
 # Our names, which are diffusers', and LDM's. The rows are applied in order, each to the beginning of a name; what no
-# row changes is the same in both. {i} is a level, {j} a block in it; `ldm_numbers` has what LDM counts differently.
-# RENAMES in tinydb/storage.py lists what LDM files hold besides, and drops it.
+# row changes is the same in both. {i} is a level, {j} a block in it; `ldm_numbers` makes the numbers that LDM counts
+# in another way. RENAMES in tinydb/storage.py lists what LDM files hold besides, and drops it.
 TABLE = {
     "unet": {
         "{resnet}.norm1": "{resnet}.in_layers.0",
@@ -96,14 +93,14 @@ PLACES = {"i": r"(?P<i>\d+)", "j": r"(?P<j>\d+)", "qkv": "(?P<qkv>[qkv])", "kind
           "coder": "(?P<coder>encoder|decoder)", "resnet": r"(?P<resnet>.+\.resnets\.\d+)"}
 
 REFUSED = {  # tensors that give away what is not ours to convert
-    r"lora_(unet|te)\w*\..+|.+[._]lora[._].+": "a LoRA; merge it into its base model, then convert that",
+    r"(lora|lycoris)_\w*\..+|.+[._]lora[._].+": "a LoRA; merge it into its base model, then convert that",
+    r"emb_params|<[^.]*>": "a textual inversion; get the model that it was made for",
     r"control_model\..+|(.+\.)?(input_hint_block|controlnet_cond_embedding)\..+": "a ControlNet",
-    r"conditioner\.embedders\.1\..+": "an SDXL model",
-    r"conditioner\.embedders\.0\..+": "an SDXL refiner",
-    r"(.+\.)?label_emb\..+": "an SDXL or unCLIP model",
+    r"conditioner\..+|(.+\.)?label_emb\..+": "an SDXL or unCLIP model",
     r"(.+\.)?(joint_blocks|double_blocks)\..+": "a Stable Diffusion 3 or Flux model",
 }
-HARMLESS = r"(pytorch_lightning|lightning|lightning_fabric|numpy)\..+|_codecs\.encode"  # in old checkpoints
+HARMLESS = (r"(pytorch_lightning|lightning|lightning_fabric|numpy)\..+|_codecs\.encode|"  # in old checkpoints
+            r"torch\.nn\.modules\.container\.ParameterDict")
 CLIP_REPO = "openai/clip-vit-large-patch14"  # its vocabulary is that of Stable Diffusion 1.x and 2.x
 V_PREDICTION_STD = 0.09  # ComfyUI's observation on the SD 2.x models that there are (comfy/supported_models.py, SD20)
 
@@ -118,6 +115,14 @@ class Description:
     schedule: ScheduleConfig
     info: ModelInfo
     tokenizer: CLIPTokenizer | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> "Description":
+        """Read everything in a model folder but its weights."""
+        configs = [config_class.read(folder / part / "config.json") for part, (_, config_class) in PARTS.items()]
+        tokenizer = CLIPTokenizer.read(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
+        return cls(*configs, ScheduleConfig.read(folder / "scheduler" / "scheduler_config.json"),
+                   ModelInfo.read(folder / "tinydb.json"), tokenizer)
 
 
 SD1 = Description(
@@ -143,14 +148,13 @@ def ldm_numbers(config: UNetConfig | VAEConfig, i: int, j: int) -> dict[str, int
             "height": len(config.block_out_channels) - 1 - i}
 
 
-def single_file_names(part: str, config: PartConfig) -> dict[str, list[str]]:
+def single_file_names(part: str, model: nn.Module) -> dict[str, list[str]]:
     """LDM's name of every tensor of a part -> ours; q, k and v where one of LDM's is three of ours."""
-    with torch.device("meta"):
-        ours = PARTS[part][0](config).state_dict()
+    config = model.config
     rows = [(re.compile(row.replace(".", r"\.").format(**PLACES) + r"(?P<rest>(\..+)?)"), template)
             for row, template in TABLE[config.hidden_act if part == "text_encoder" else part].items()]
     names = {}
-    for our_name in ours:
+    for our_name in model.state_dict():
         name = our_name
         for pattern, template in rows:
             match = pattern.fullmatch(name)
@@ -163,14 +167,14 @@ def single_file_names(part: str, config: PartConfig) -> dict[str, list[str]]:
     return names
 
 
-def to_single_file(sd: StableDiffusion) -> dict[str, Tensor]:
-    """The tensors of a model under LDM's names."""
+def to_single_file(models: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors of the parts of a model under LDM's names, in LDM's shapes."""
     tensors = {}
-    for part in PARTS:
-        state = getattr(sd, part).state_dict()
-        for name, ours in single_file_names(part, getattr(sd, part).config).items():
+    for part, model in models.items():
+        state = model.state_dict()
+        for name, ours in single_file_names(part, model).items():
             tensor = torch.cat([state[our_name] for our_name in ours]) if len(ours) > 1 else state[ours[0]]
-            if ".attn_1." in name and tensor.dim() == 2:
+            if ".attn_1." in name and tensor.dim() == 2:  # LDM's VAE has 1x1 convolutions where we have linear layers
                 tensor = tensor[:, :, None, None]
             tensors[name] = tensor
     return tensors
@@ -189,56 +193,53 @@ class Inert:
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a .ckpt or .bin file. Nothing in it is ever run: PyTorch's restricted unpickler reads it, with
     inert stand-ins for names that old checkpoints carry along; any other name is an InputError."""
+    refuse_pointer(path)
     try:
-        refuse_pointer(path)
         zipped = zipfile.is_zipfile(path)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-        foreign = sorted(name for name in names if not re.fullmatch(HARMLESS, name))
-        require(not foreign, f"{path}: refused, it asks to run {', '.join(foreign)}; get a .safetensors of this model")
-        stand_ins = [(type("Inert", (Inert,), {}), name) for name in names]
+        stand_ins = [(Inert, name) for name in names if re.fullmatch(HARMLESS, name)]
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns of pickles it then refuses
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except InputError:
-        raise
     except Exception as error:  # there is no end to what damaged pickles make the unpickler raise
+        reason = "not a whole checkpoint: " + str(error).partition("\n")[0]
         asked = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"refused, it asks to run {asked[1]}" if asked else f"not a whole checkpoint ({first_line(error)})"
+        if asked:
+            reason = f"refused, it asks to run {asked[1]}"
         raise InputError(f"{path}: {reason}; get a .safetensors of this model, or download it again") from None
-    while isinstance(content, dict) and "state_dict" in content:
-        content = content["state_dict"]
+    for _ in range(3):  # trainers wrap the weights once or twice; a damaged file may wrap them without end
+        content = content.get("state_dict", content) if isinstance(content, dict) else content
     require(isinstance(content, dict), f"{path}: holds a {type(content).__name__}, expected a dictionary of tensors")
-    return {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an exception says."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+    require("string_to_param" not in content, f"{path}: a textual inversion; get the model that it was made for")
+    return {name: tensor for name, tensor in content.items() if isinstance(name, str) and isinstance(tensor, Tensor)
+            and tensor.layout == torch.strided and not tensor.is_meta}  # sparse and meta tensors are no weights
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a .ckpt or .bin."""
-    return read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    """The tensors of a .safetensors file, of a .ckpt or .bin, or of all the files that an index of shards names."""
+    if path.suffix != ".json":
+        return read_tensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    shards = read_json(path).get("weight_map")
+    require(isinstance(shards, dict), f"{path}: no weight_map that names the files; download it again")
+    tensors = {}
+    for name in sorted({str(name) for name in shards.values()}):
+        require(re.fullmatch(r"[\w.-]{1,100}\.(safetensors|bin)", name) and path.with_name(name).is_file(),
+                f"{path}: names {name!r}, which is not one of the files beside it; download the folder again")
+        tensors |= read_file(path.with_name(name))
+    return tensors
 
 
-def weight_file(part: str, names: Iterable[str]) -> str | None:
-    """Which file in a part's folder to read: full precision rather than half, safetensors rather than pickle."""
+def weight_file(source: str | Path, part: str, present: list[str]) -> str:
+    """Which of the files of a model to read for a part: full precision rather than half, safetensors rather than
+    pickle. InputError names `source` where there is none."""
     new = WEIGHT_FILES[part].removesuffix(".safetensors")
     old = "pytorch_model" if part == "text_encoder" else new
     for variant in ("", ".fp16"):
         for name in (f"{new}{variant}.safetensors", f"{new}.safetensors.index{variant}.json", f"{old}{variant}.bin",
                      f"{old}.bin.index{variant}.json"):
-            if name in names:
-                return name
-    return None
-
-
-def describe(folder: Path) -> Description:
-    """Read everything in a model folder but its weights."""
-    configs = [config_class.read(folder / part / "config.json") for part, (_, config_class) in PARTS.items()]
-    tokenizer = CLIPTokenizer.read(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None
-    return Description(*configs, ScheduleConfig.read(folder / "scheduler" / "scheduler_config.json"),
-                       ModelInfo.read(folder / "tinydb.json"), tokenizer)
+            if f"{part}/{name}" in present:
+                return f"{part}/{name}"
+    raise InputError(f"{source}: no weights in {part}/; expected {WEIGHT_FILES[part]} or an older name for it")
 
 
 def read_folder(folder: Path) -> tuple[Description, dict[str, dict[str, Tensor]]]:
@@ -247,46 +248,35 @@ def read_folder(folder: Path) -> tuple[Description, dict[str, dict[str, Tensor]]
     kind = read_json(index).get("_class_name") if index else "folder without model_index.json"
     require(kind == MODEL_INDEX["_class_name"], f"{folder}: a {kind}; expected a {MODEL_INDEX['_class_name']} (Stable "
                                                 "Diffusion 1.x or 2.x), not an SDXL, inpainting, ControlNet or LoRA")
-    description, parts = describe(folder), {}
-    for part in PARTS:
-        name = weight_file(part, {path.name for path in (folder / part).iterdir()})
-        require(name is not None, f"{folder / part}: no weights; expected {WEIGHT_FILES[part]} or an older name for it")
-        shards = {name}
-        if name.endswith(".json"):
-            shards = set(read_json(folder / part / name).get("weight_map", {}).values())
-        parts[part] = {k: v for shard in sorted(shards) for k, v in read_file(folder / part / shard).items()}
-    return description, parts
+    description = Description.read(folder)
+    present = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
+    return description, {part: read_file(folder / weight_file(folder, part, present)) for part in PARTS}
 
 
 def read_single_file(src: Path, prediction: str | None) -> tuple[Description, dict[str, dict[str, Tensor]]]:
-    """A checkpoint in LDM's layout: its description, and its tensors by part under our names.
-
-    InputError names the tensors that are missing, or that have no place in the model.
-    """
-    stored = read_file(src)
-    names = {name: canonical_name("single_file", name) for name in stored}
-    tensors = {name: stored[given] for given, name in names.items() if name is not None}
-    metadata = {}
+    """A checkpoint in LDM's layout: its description, and its tensors by part under our names."""
+    stored, metadata = read_file(src), {}
     if src.suffix == ".safetensors":
         with safe_open(src, "pt") as file:
             metadata = file.metadata() or {}
-    description = unpack(metadata["tinydb"]) if "tinydb" in metadata else recognise(src, tensors, prediction)
-
-    places = {part: single_file_names(part, getattr(description, part)) for part in PARTS}
-    known = {name for part in PARTS for name in places[part]}
-    problems = [f"missing {name}" for name in sorted(known - tensors.keys())]
-    problems += [f"unknown {name}" for name in sorted(tensors.keys() - known)]
-    problems += [f"twice {name}" for name, count in Counter(names.values()).items() if count > 1 and name in known]
-    require(not problems, f"{src}: {len(problems)} tensors are not those of a Stable Diffusion checkpoint: "
-                          f"{', '.join(problems[:8])}{' ...' if len(problems) > 8 else ''}")
-    print(f"{src}: {len(known)} tensors, {len(stored) - len(known)} more are no weights and dropped")
+    is_ours = "tinydb" in metadata
+    description = unpack(src, metadata["tinydb"]) if is_ours else recognise(src, stored)
+    tensors = canonical_names("single_file", stored)
+    dropped = sum(canonical_name("single_file", name) is None for name in stored)
+    require(len(tensors) + dropped == len(stored), f"{src}: holds a tensor twice, under an old name and a new one")
+    with torch.device("meta"):
+        models = {part: model_class(getattr(description, part)) for part, (model_class, _) in PARTS.items()}
+    check_tensors(tensors, {name: tensor.shape for name, tensor in to_single_file(models).items()}, src)
+    print(f"{src}: {len(tensors)} tensors, {dropped} more are no weights and dropped")
+    if not is_ours:
+        said = {"v": "v_prediction", "epsilon": "epsilon"}.get(metadata.get("modelspec.prediction_type"))
+        description = with_prediction(src, description, tensors, prediction or said)
     parts = {part: {} for part in PARTS}
-    for part in PARTS:
-        for name, ours in places[part].items():
-            tensor = tensors[name]
-            if ".attn_1." in name and tensor.dim() == 4:
-                tensor = tensor[:, :, 0, 0]  # LDM's VAE has 1x1 convolutions where we have linear layers
-            parts[part].update(zip(ours, tensor.chunk(len(ours))))
+    for part, model in models.items():
+        state = model.state_dict()
+        for name, ours in single_file_names(part, model).items():
+            for our_name, tensor in zip(ours, tensors[name].chunk(len(ours))):
+                parts[part][our_name] = tensor.reshape(state[our_name].shape)
     return description, parts
 
 
@@ -298,47 +288,54 @@ def pack(sd: StableDiffusion) -> str:
         return json.dumps({path.relative_to(scratch).as_posix(): path.read_text(encoding="utf-8") for path in files})
 
 
-def unpack(packed: str) -> Description:
-    """What `pack` packed."""
-    try:
-        files = {str(name): str(text) for name, text in json.loads(packed).items()}
-    except (ValueError, AttributeError) as error:
-        raise InputError(f"the settings in its metadata are damaged ({error}); convert its source again") from None
+def unpack(src: Path, packed: str) -> Description:
+    """What `pack` packed in the metadata of `src`."""
     with TemporaryDirectory() as scratch:
-        for name, text in files.items():
-            path = Path(scratch, name).resolve()
-            require(path.is_relative_to(Path(scratch).resolve()), f"{name}: a path out of the model, in its metadata")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        return describe(Path(scratch))
+        try:
+            for name, text in json.loads(packed).items():
+                require(re.fullmatch(r"(\w{1,50}/)?\w{1,50}\.(json|txt)", name) is not None, name)
+                path = Path(scratch, name)
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+            return Description.read(Path(scratch))
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            reason = str(error).replace(f"{scratch}/", "")
+            raise InputError(f"{src}: its metadata has damaged settings ({reason}); convert its source again") from None
 
 
-def recognise(src: Path, tensors: dict[str, Tensor], prediction: str | None) -> Description:
-    """What a checkpoint of other programs is, told from the names and shapes of its tensors."""
+def recognise(src: Path, tensors: dict[str, Tensor]) -> Description:
+    """What a checkpoint of another program is, told from the names and shapes of its tensors."""
     for pattern, kind in REFUSED.items():
         found = next((name for name in tensors if re.fullmatch(pattern, name)), None)
         require(found is None, f"{src}: {kind} ({found}); only Stable Diffusion 1.x and 2.x can be converted")
-    conv_in, to_k = (tensors.get(PREFIXES["unet"] + name) for name in (
-        "input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"))
-    require(conv_in is not None and to_k is not None,
-            f"{src}: not a Stable Diffusion checkpoint (it holds {next(iter(tensors), 'nothing')}); for a part of a "
-            "diffusers folder, pass the whole folder")
-    require(conv_in.shape[1] == SD1.unet.in_channels,
-            f"{src}: its UNet takes {conv_in.shape[1]} channels, not {SD1.unet.in_channels}: an inpainting, depth or "
+    inside = sorted({name.split(".")[0] for name in tensors})
+    lacking = [part.replace("vae", "VAE") for part, prefix in PREFIXES.items() if prefix.split(".")[0] not in inside]
+    require("unet" not in lacking or "model_ema" not in inside,
+            f"{src}: its UNet is there only as averaged weights (EMA); get the file with the UNet itself")
+    require(not lacking, f"{src}: no {', no '.join(lacking)} inside (it holds {', '.join(inside[:5]) or 'nothing'}); "
+                         "give a complete checkpoint or, if this is a part of a diffusers folder, the whole folder")
+    channels, context = (tensors[name].shape[1] if name in tensors and tensors[name].dim() > 1 else 0 for name in (
+        PREFIXES["unet"] + "input_blocks.0.0.weight",
+        PREFIXES["unet"] + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"))
+    require(channels == SD1.unet.in_channels,
+            f"{src}: its UNet takes {channels} channels, not {SD1.unet.in_channels}: an inpainting, depth or "
             "instruction model; use the text-to-image model it was made from")
     kinds = {kind.unet.cross_attention_dim: kind for kind in (SD1, SD2)}
-    kind = kinds.get(to_k.shape[1])
-    require(kind is not None, f"{src}: its UNet attends to {to_k.shape[1]} channels, Stable Diffusion 1.x and 2.x to "
+    require(context in kinds, f"{src}: its UNet attends to {context} channels, Stable Diffusion 1.x and 2.x to "
                               f"{' and '.join(map(str, kinds))}; this is another model")
-    if kind is SD1 and prediction is None:
-        prediction = "epsilon"
-    elif prediction is None:
+    return kinds[context]
+
+
+def with_prediction(src: Path, kind: Description, tensors: dict[str, Tensor], prediction: str | None) -> Description:
+    """`kind` with what its UNet predicts; None is a guess, from the weights of SD 2.x."""
+    if prediction is None and kind is SD2:
         last = len(kind.unet.block_out_channels) * (kind.unet.layers_per_block + 1) - 1
         name = f"{PREFIXES['unet']}output_blocks.{last}.1.transformer_blocks.0.norm1.bias"
-        std = tensors[name].float().std(correction=0).item() if name in tensors else 0.0
+        std = tensors[name].float().std(correction=0).item()
         prediction = "v_prediction" if std > V_PREDICTION_STD else "epsilon"
         print(f"{src}: taken for {prediction}, since the standard deviation of {name} is {std:.3f} (v_prediction above "
               f"{V_PREDICTION_STD}); --prediction overrides this guess")
+    prediction = prediction or "epsilon"
     if kind is SD2 and prediction == "v_prediction":  # made for 768 pixels
         kind = replace(kind, unet=replace(kind.unet, sample_size=96, upcast_attention=True),
                        vae=replace(kind.vae, sample_size=768))
@@ -364,7 +361,7 @@ def download(repo: str, files: list[str] | None = None) -> Path:
         if files is None and constants.HF_HUB_OFFLINE:
             files = ["model_index.json"]  # and whatever an earlier run has put beside it
         elif files is None:
-            files = needed_files(repo, [file.rfilename for file in HfApi().model_info(repo).siblings])
+            files = needed_files(repo, [file.rfilename for file in model_info(repo).siblings])
             hf_hub_download(repo, "model_index.json")  # a gated repository refuses here, before any progress bar
         return Path(snapshot_download(repo, allow_patterns=files))
     except GatedRepoError:
@@ -374,22 +371,22 @@ def download(repo: str, files: list[str] | None = None) -> Path:
         raise InputError(f"{repo}: no such file or folder here, and no such model on the hub, or a private one (then "
                          "`hf auth login` first)") from None
     except (HTTPError, OSError) as error:
-        raise InputError(f"{repo}: no such file or folder here, and the hub did not give it ({first_line(error)}); run "
-                         "this again to continue the download") from None
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{repo}: no such file or folder here, and the hub did not give it ({reason}); run this again "
+                         "to continue the download") from None
 
 
 def needed_files(repo: str, present: list[str]) -> list[str]:
     """The files of a repository that are read: configs, tokenizer, one set of weights a part."""
     require("model_index.json" in present, f"{repo}: a hub repository without model_index.json, so no diffusers model; "
                                            "download its checkpoint and convert that file")
-    files = [name for name in present if re.fullmatch(r"(model_index|tinydb)\.json|(tokenizer|scheduler)/.+", name)]
+    files = ["model_index.json", "tinydb.json", "tokenizer/*", "scheduler/*"]
     for part in PARTS:
-        own = {name.removeprefix(f"{part}/") for name in present if name.startswith(f"{part}/")}
-        name = weight_file(part, own) or WEIGHT_FILES[part]
-        files += [f"{part}/config.json", f"{part}/{name}"]
+        name = weight_file(repo, part, present)
+        files += [f"{part}/config.json", name]
         if name.endswith(".json"):  # an index; its shards are named like it
             stem, suffix = name.split(".")[:2]
-            files.append(f"{part}/{stem}*-of-*.{suffix}")
+            files.append(f"{stem}*-of-*.{suffix}")
     return files
 
 
@@ -397,12 +394,12 @@ def needed_files(repo: str, present: list[str]) -> list[str]:
 class Settings(Checked):
     """The command line."""
 
-    src: str = option(MISSING, "a checkpoint (.safetensors, .ckpt), a diffusers folder, or a hub id (owner/name)")
-    dst: str = option(MISSING, "the folder to make, or a .safetensors file for A1111 and ComfyUI")
-    half: bool = option(False, "write float16, half the size, for sharing")
-    tokenizer: str | None = option(None, "a folder with CLIP's vocab.json and merges.txt")
-    prediction: str | None = option(None, "what the UNet predicts, where you know better",
-                                    choices=("epsilon", "v_prediction"))
+    src: str = cli.option(MISSING, "a checkpoint (.safetensors, .ckpt), a diffusers folder, or a hub id (owner/name)")
+    dst: str = cli.option(MISSING, "the folder to make, or a .safetensors file for A1111 and ComfyUI")
+    half: bool = cli.option(False, "write float16, half the size, for sharing")
+    tokenizer: str | None = cli.option(None, "a folder with CLIP's vocab.json and merges.txt")
+    prediction: str | None = cli.option(None, "what the UNet predicts, where you know better",
+                                        choices=("epsilon", "v_prediction"))
 
 
 def main(settings: Settings):
@@ -423,16 +420,23 @@ def main(settings: Settings):
     if settings.prediction:
         description = replace(description, schedule=replace(description.schedule, prediction_type=settings.prediction))
 
-    models = [build_model(model_class, getattr(description, part), part, tensors[part], src)
-              for part, (model_class, _) in PARTS.items()]
-    sd = StableDiffusion(*models, description.tokenizer, NoiseSchedule(description.schedule), description.info)
-    dtype = torch.float16 if settings.half else None
-    size = sum(p.numel() * (2 if settings.half else p.itemsize) for model in models for p in model.parameters())
+    print(f"reading the weights of {src}", flush=True)
+    dtype, size, models = torch.float16 if settings.half else None, 0, {}
+    for part, (model_class, _) in PARTS.items():
+        models[part] = build_model(model_class, getattr(description, part), part, tensors[part], src)
+        for name, tensor in models[part].state_dict().items():
+            ends = torch.stack(tensor.float().aminmax())  # smallest and largest, which are NaN where one number is
+            require(ends.to(dtype or torch.float32).isfinite().all(),
+                    f"{src}: {name} of the {part} holds NaN or infinity{' in float16' * settings.half}; use an earlier "
+                    "save of this model")
+            size += tensor.numel() * (dtype or tensor.dtype).itemsize
+    sd = StableDiffusion(**models, tokenizer=description.tokenizer, schedule=NoiseSchedule(description.schedule),
+                         info=description.info)
     check_free_disk(dst, size, "use --half")
     print(f"writing {size / 1e9:.2f} GB to {dst}", flush=True)
     with written_whole(dst) as temporary:
         if dst.suffix == ".safetensors":
-            save_tensors(to_single_file(sd), temporary, dtype, tinydb=pack(sd))
+            save_tensors(to_single_file(models), temporary, dtype, tinydb=pack(sd))
         else:
             sd.write(temporary, dtype)
     print(f"{dst}: written, {size / 1e9:.2f} GB")

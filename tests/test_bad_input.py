@@ -76,6 +76,8 @@ def test_missing_file(folder, part):
     (SCHEDULER, {"prediction_type": "sample"}, ["prediction_type 'sample'", "epsilon"]),
     (SCHEDULER, {"beta_schedule": "squaredcos_cap_v2"}, ["squaredcos_cap_v2", "linear"]),
     (SCHEDULER, {"trained_betas": [0.1]}, ["scheduler_config.json", "trained_betas"]),
+    (SCHEDULER, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, ["scheduler_config.json", "FlowMatchEuler"]),
+    (SCHEDULER, {"_class_name": "EDMDPMSolverMultistepScheduler"}, ["EDMDPMSolver", "DDPM"]),
     (SCHEDULER, {"rescale_betas_zero_snr": True}, ["rescale_betas_zero_snr", "False"]),
 ], ids=str)
 def test_unsupported_setting(folder, file, changes, words):
@@ -91,6 +93,7 @@ def test_unsupported_setting(folder, file, changes, words):
     ("tinydb.json", {"identifier": 3}), ("tinydb.json", {"base": "SD"}), ("unet/config.json", {"sample_size": -8}),
     ("unet/config.json", {"layers_per_block": 10**6}), ("vae/config.json", {"scaling_factor": float("nan")}),
     ("text_encoder/config.json", {"vocab_size": 10**12}), (SCHEDULER, {"num_train_timesteps": 10**12}),
+    ("vae/config.json", {"scaling_factor": 10**400}),
 ], ids=str)
 def test_senseless_setting(folder, file, changes):
     (folder / "tinydb.json").write_text("{}")

@@ -15,7 +15,7 @@ from threading import Thread
 import pytest
 import torch
 from conftest import edit_tensors
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tinydb
 from convert_weights import CLIP_REPO
@@ -111,9 +111,11 @@ def hub(pairs, tmp_path) -> Hub:
                  "safety_checker/model.safetensors"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"another copy")
-    server = Hub({"me/model": folder, "me/lora": tmp_path / "hub" / "lora"})
-    (tmp_path / "hub" / "lora").mkdir()
-    (tmp_path / "hub" / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    server = Hub({"me/model": folder})
+    for name, file in (("lora", "pytorch_lora_weights.safetensors"), ("empty", "model_index.json")):
+        server.repositories[f"me/{name}"] = tmp_path / "hub" / name
+        (tmp_path / "hub" / name).mkdir()
+        (tmp_path / "hub" / name / file).write_bytes(b"{}")
     thread = Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -167,6 +169,26 @@ def test_weights_beside_the_folders_are_not_those_of_a_part(hub, convert):
     assert convert("me/model", "out").returncode == 0
 
 
+def test_shards(hub, convert, pairs, tmp_path):
+    """All of one set, and none of another."""
+    folder = hub.repositories["me/model"] / "unet"
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    for path in folder.glob("*model*"):
+        path.unlink()
+    shards = {f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors": sorted(tensors)[i::2] for i in range(2)}
+    for shard, names in shards.items():
+        save_file({name: tensors[name] for name in names}, folder / shard)
+        (folder / shard.replace(".safetensors", ".bin")).write_bytes(b"another copy")
+    index = {"weight_map": {name: shard for shard, names in shards.items() for name in names}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    assert convert("me/model", "out").returncode == 0
+    assert [name for name in hub.files if name.startswith("unet/")] == [
+        "unet/config.json", *(f"unet/{shard}" for shard in shards),
+        "unet/diffusion_pytorch_model.safetensors.index.json"]
+    written = load_file(tmp_path / "out" / UNET)
+    assert all(written[name].equal(tensor) for name, tensor in tensors.items())
+
+
 def test_interrupted_download_continues(hub, convert, tmp_path):
     """Finished files are not fetched again after a run that failed in the middle of one."""
     hub.closed = {VAE: (403, "")}
@@ -184,7 +206,7 @@ def test_interrupted_download_continues(hub, convert, tmp_path):
     ("me/missing", None, "no such model on the hub"), ("../typo", None, "no such file or folder here"),
     ("me/private", (401, "RepoNotFound"), "hf auth login"),
     ("me/gated", (403, "GatedRepo"), "accept its terms on https://huggingface.co/me/gated"),
-    ("me/lora", None, "without model_index.json"),
+    ("me/lora", None, "without model_index.json"), ("me/empty", None, "no weights in text_encoder/"),
     ("me/broken", (500, "Oops"), "the hub did not give it"),
 ])
 def test_closed_repositories(hub, convert, tmp_path, repo, closed, reason):
@@ -204,11 +226,13 @@ def test_no_network(convert, tmp_path):
         assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "me/model" in failed.stderr, failed.stderr
 
 
-def test_tokenizer_from_the_hub(hub, tmp_path, monkeypatch):
+def test_tokenizer_from_the_hub(hub, convert, pairs, tmp_path):
     """Of CLIP's repository only the vocabulary is asked for."""
-    import convert_weights
-    asked = []
-    monkeypatch.setattr(convert_weights, "snapshot_download",
-                        lambda repo, allow_patterns: asked.append((repo, allow_patterns)) or str(tmp_path))
-    assert convert_weights.download(CLIP_REPO, ["vocab.json", "merges.txt"]) == tmp_path
-    assert asked == [(CLIP_REPO, ["vocab.json", "merges.txt"])]
+    clip, folder = tmp_path / "hub" / "clip", tmp_path / "without"
+    pairs("sd1").sd.tokenizer.save(clip)
+    (clip / "pytorch_model.bin").write_bytes(b"a whole CLIP")
+    hub.repositories[CLIP_REPO] = clip
+    shutil.copytree(pairs("sd1").folder, folder, ignore=shutil.ignore_patterns("tokenizer"))
+    assert convert("without", "out").returncode == 0
+    assert hub.files == ["merges.txt", "vocab.json"]
+    assert (tmp_path / "out" / "tokenizer" / "vocab.json").read_bytes() == (clip / "vocab.json").read_bytes()

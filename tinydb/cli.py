@@ -12,6 +12,7 @@ Each of the last three prints one line on stderr. A fault of this program shows 
 
 import argparse
 import difflib
+import errno
 import re
 import sys
 from collections.abc import Callable
@@ -122,6 +123,8 @@ def run(main: Callable[[Any], None], settings: type, doc: str | None, *, out_of_
     except KeyboardInterrupt:
         parser.exit(130, "\n")
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            parser.error(f"{error.filename}: {error.strerror}")
         parser.fail(1, f"{error}{after_failure}")
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]

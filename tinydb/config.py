@@ -8,6 +8,7 @@ an unknown activation) is refused by name when the file is read.
 
 import json
 import math
+import re
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
@@ -68,8 +69,8 @@ def check_field(f: Field, value: Any) -> None:
     for item in value if isinstance(value, tuple) else [value]:
         require(not choices or item in choices, f"{label(f)} {value!r}: expected {' or '.join(choices or ())}")
         if type(item) in (int, float):
-            inside = (math.isfinite(item) and (least is None or item >= least) and (above is None or item > above)
-                      and (most is None or item <= most))
+            inside = (-math.inf < item < math.inf and (least is None or item >= least)
+                      and (above is None or item > above) and (most is None or item <= most))
             require(inside, f"{label(f)} {value}: expected {' and '.join(expected) or 'a finite number'}")
 
 
@@ -205,7 +206,7 @@ class VAEConfig(PartConfig):
     layers_per_block: int = setting(1, least=1, most=10)
     latent_channels: int = setting(4, least=1, most=1024)
     norm_num_groups: int = setting(32, least=1, most=1000)
-    scaling_factor: float = setting(0.18215, above=0)
+    scaling_factor: float = setting(0.18215, above=0, most=10**6)
     sample_size: int = setting(32, least=1, most=10**4)
 
     HEADER = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "act_fn": "silu",
@@ -230,7 +231,7 @@ class VAEConfig(PartConfig):
 
 @dataclass(frozen=True)
 class ScheduleConfig(PartConfig):
-    """Noise schedule, `scheduler/scheduler_config.json`, of whatever class; always written as a DDIMScheduler."""
+    """Noise schedule, `scheduler/scheduler_config.json`, of any sampler's class; written as a DDIMScheduler."""
 
     num_train_timesteps: int = setting(1000, least=1, most=10**6)
     beta_start: float = setting(0.0001, above=0, most=1)
@@ -241,7 +242,19 @@ class ScheduleConfig(PartConfig):
     CLOSED = False  # samplers have many settings of their own, and we bring our own sampler
     # diffusers' pipeline insists on steps_offset 1; the other three make its DDIM step the paper's
     HEADER = {"_class_name": "DDIMScheduler", "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
-    FIXED = {"trained_betas": None, "rescale_betas_zero_snr": False}
+    FIXED = {"trained_betas": None, "rescale_betas_zero_snr": False, "use_flow_sigmas": False}
+
+    SAMPLERS_OF_DDPM = (r"(DDIM|DDPM|PNDM|LMSDiscrete|Euler(Ancestral)?Discrete|HeunDiscrete|KDPM2(Ancestral)?Discrete|"
+                        r"DPMSolver(Multistep|Singlestep|SDE)|UniPCMultistep|DEISMultistep|SASolver|LCM|TCD)"
+                        r"(Inverse|Parallel)?Scheduler")
+
+    @classmethod
+    def from_dict(cls, entries: dict[str, Any], source: str):
+        """Flow matching, EDM and others are another process than `diffusion.NoiseSchedule`: refused by their class."""
+        name = str(entries.get("_class_name", "DDIMScheduler"))
+        require(re.fullmatch(cls.SAMPLERS_OF_DDPM, name) is not None,
+                f"{source}: a {name} is not supported; use SD 1.x or 2.x, whose noise schedule is DDPM's")
+        return super().from_dict(entries, source)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ RENAMES = {
     "single_file": [  # the original LDM layout, all parts in one file
         (r"betas|\w*alphas_cumprod(?:_prev)?|posterior_\w+", None),  # the twelve buffers of the noise schedule
         (r"model_ema\..+", None),  # a second, averaged UNet; the trained one is what diffusers and A1111 take
+        (r"embedding_manager\..+", None),  # of the first DreamBooth code, which grew out of textual inversion
         (r"first_stage_model\.loss\..+", None),  # the discriminator that the VAE was trained against
         (r"cond_stage_model\.transformer\.(?:text_model\.)?embeddings\.position_ids", None),
         (r"cond_stage_model\.(?:model\.)?(?:text_projection|logit_scale|attn_mask)", None),
@@ -103,6 +104,8 @@ def check_tensors(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], sou
     problems += [f"unexpected {name} {tuple(tensors[name].shape)}" for name in tensors if name not in shapes]
     problems += [f"{name} is {tuple(tensors[name].shape)}, not {tuple(shapes[name])}"
                  for name in shapes if name in tensors and tensors[name].shape != shapes[name]]
+    problems += [f"{name} holds {tensors[name].dtype}, not floating-point numbers"
+                 for name in shapes if name in tensors and not tensors[name].is_floating_point()]
     require(not problems, f"{source}: {len(problems)} tensors do not fit the model: {'; '.join(problems)}")
 
 

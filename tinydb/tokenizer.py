@@ -65,7 +65,7 @@ class CLIPTokenizer:
             if (folder / name).exists():
                 settings |= read_json(folder / name)
         pad = settings.get("pad_token") or EOS
-        pad = pad["content"] if isinstance(pad, dict) else pad
+        pad = pad.get("content") if isinstance(pad, dict) else pad
         try:
             if (folder / "vocab.json").exists():
                 vocab = read_json(folder / "vocab.json")

@@ -20,6 +20,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from PIL import Image, ImageOps
+from torch import Tensor
 from tqdm import tqdm
 
 import tinydb
@@ -28,6 +29,7 @@ from tinydb.attention import AttentionMaps, attention_sheet
 from tinydb.cli import option
 from tinydb.config import InputError, require
 from tinydb.data import open_picture
+from tinydb.diffusion import SAMPLERS
 from tinydb.pictures import describe, grid, read_description, save_png
 from tinydb.pipeline import Sampling, StableDiffusion, choose_device, choose_dtype
 from tinydb.storage import existing_parent, written_whole
@@ -39,7 +41,6 @@ SERIES = 16  # prompts at most that come together on one sheet
 # What a picture says about itself, in the words that other programs use, and the settings that say the same.
 DESCRIBED = {"Steps": "steps", "Sampler": "sampler", "CFG scale": "guidance_scale", "Seed": "seed", "Size": "size",
              "Eta": "eta", "Denoising strength": "strength", "Init": "init", "Model": "weights"}
-SAMPLER_NAMES = {"ddim": "DDIM", "dpm": "DPM++ 2M"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def settings_in_picture(given: Settings) -> dict[str, object]:
     entries = {DESCRIBED[name]: value for name, value in described.items() if name in DESCRIBED}
     entries |= {"prompt": [] if given.prompts else [prompt], "negative": negative, "count": 1}
     sampler = entries.pop("sampler", "DDIM")
-    names = {name: key for key, name in SAMPLER_NAMES.items()}
+    names = {each.name: key for key, each in SAMPLERS.items()}
     if sampler in names:
         entries["sampler"] = names[sampler]
     else:
@@ -183,11 +184,20 @@ def save(image: Image.Image, path: Path, about: str) -> None:
     try:
         with written_whole(path) as temporary:
             save_png(image, temporary, about)
-    except InputError:
+    except BaseException:  # Ctrl-C too
         if path.exists() and path.stat().st_size == 0:
             path.unlink()
         raise
     tqdm.write(str(path))
+
+
+def draw_preview(sd: StableDiffusion, clean: Tensor, path: Path, about: str) -> None:
+    """What the model believes the pictures to be. Whatever goes wrong here must not end the drawing."""
+    try:
+        with written_whole(path) as temporary:
+            save_png(grid(sd.decode(clean), len(clean)), temporary, about)
+    except (InputError, RuntimeError) as error:  # out of memory is a RuntimeError
+        tqdm.write(f"no preview this time: {error}", file=sys.stderr)
 
 
 def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) -> list[Image.Image]:
@@ -207,8 +217,7 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) ->
                 for latents, clean in sd.denoise([prompt] * len(group), init=init, **sampling):
                     progress.update()
                     if settings.preview and progress.n % settings.preview == 0:
-                        with written_whole(preview) as temporary:
-                            save_png(grid(sd.decode(clean), len(group)), temporary, f"step {progress.n} of: {prompt}")
+                        draw_preview(sd, clean, preview, f"step {progress.n} of: {prompt}")
             for i, image in zip(group, sd.decode(latents)):
                 images.append(image)
                 paths.append(new_path(settings, prompt, i))
@@ -236,7 +245,7 @@ def picture_to_draw_over(sd: StableDiffusion, settings: Settings) -> Image.Image
 
 def description(image: Image.Image, prompt: str, settings: Settings, seed: int, weights: Path) -> str:
     """What a picture says about itself."""
-    made_with = asdict(settings) | {"sampler": SAMPLER_NAMES[settings.sampler], "seed": seed, "weights": weights,
+    made_with = asdict(settings) | {"sampler": SAMPLERS[settings.sampler].name, "seed": seed, "weights": weights,
                                     "size": f"{image.width}x{image.height}"}
     about = {name: made_with[key] for name, key in DESCRIBED.items()
              if settings.init or key not in ("init", "strength")}

@@ -1,4 +1,4 @@
-"""Photographs of every kind to pixels and latents, and what a training step draws."""
+"""Photographs of every kind to pixels and latents, the batch of a training step, and pictures for people."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,14 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import difference
+from conftest import difference, refusal
 from PIL import Image, features
-from torch import Tensor
 
-from tinydb.config import InputError
-from tinydb.data import ENCODE_BATCH, Latents, random_batch, fit, open_picture, read_pictures
-from tinydb.pictures import to_pixels
-from tinydb.pictures import describe, grid, save_png, to_images
+from tinydb.data import ENCODE_BATCH, Batch, Latents, fit, open_picture, random_batch, read_pictures
+from tinydb.pictures import describe, grid, read_description, save_png, to_images, to_pixels
 
 ORIENTATION = 0x0112  # the EXIF tag
 TURNS = {  # how a camera that notes this orientation has stored an upright picture
@@ -128,15 +125,11 @@ def test_damaged_avif_is_skipped(tmp_path):
     assert not pictures and remarks[0].startswith("a.avif is skipped: damaged")
 
 
-def test_names_say_nothing_about_contents(tmp_path):
-    picture().save(tmp_path / "really.heic", "PNG")
-    assert list(read_pictures(tmp_path, 16)[0]) == ["really.heic"]
-
-
 def test_pictures_come_in_the_order_of_their_names(tmp_path):
-    for name in ("c.png", "a.png", "b.png"):
-        picture().save(tmp_path / name)
-    assert list(read_pictures(tmp_path, 16)[0]) == ["a.png", "b.png", "c.png"]
+    """Which say nothing about contents."""
+    for name in ("c.png", "a.heic", "b.png"):
+        picture().save(tmp_path / name, "PNG")
+    assert list(read_pictures(tmp_path, 16)[0]) == ["a.heic", "b.png", "c.png"]
 
 
 @pytest.mark.parametrize("size, remarked", [(16, False), (45, False), (46, True), (512, True)])
@@ -151,8 +144,7 @@ def test_small_pictures_are_enlarged_and_named(tmp_path, size, remarked):
 @pytest.mark.parametrize("make", [lambda path: None, Path.touch], ids=["nothing", "file"])
 def test_no_such_folder(tmp_path, make: Callable[[Path], None]):
     make(tmp_path / "dogs")
-    with pytest.raises(InputError, match="dogs: no such folder"):
-        read_pictures(tmp_path / "dogs", 16)
+    assert "dogs: no such folder" in refusal(read_pictures, tmp_path / "dogs", 16)
 
 
 # -------------------------------------------------------------------------- pictures to latents and back
@@ -189,7 +181,7 @@ def test_latents_are_those_of_each_picture(pairs):
     torch.testing.assert_close(latents.std, expected.std * scale, rtol=1e-4, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------ what a training step draws
+# ------------------------------------------------------------------------- everything random in a step
 
 
 def numbered(count: int, start: int = 0, std: float = 0.0) -> Latents:
@@ -198,66 +190,56 @@ def numbered(count: int, start: int = 0, std: float = 0.0) -> Latents:
     return Latents(mean, torch.full_like(mean, std))
 
 
-def drawn(count: int, *, seed: int = 0, step: int = 0) -> tuple[Tensor, ...]:
-    """Latents, noise and timesteps of a step on three instance and five class pictures."""
-    batch = random_batch([numbered(3), numbered(5, start=10)], count, 1000, seed, step)
-    return batch.latents, batch.noise, batch.timesteps
+def batch_of(count: int, *, seed: int = 0, step: int = 0) -> Batch:
+    """The batch of a step on three instance and five class pictures."""
+    return random_batch([numbered(3), numbered(5, start=10)], count, 1000, seed, step)
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
+    """And leaves the global generator alone."""
     torch.manual_seed(1)
-    first = drawn(4, seed=3, step=7)
-    torch.manual_seed(2)
-    assert all(map(torch.equal, first, drawn(4, seed=3, step=7)))
-    for other in (drawn(4, seed=3, step=8), drawn(4, seed=4, step=7), drawn(4, seed=7, step=3)):
-        assert not any(map(torch.equal, first[1:], other[1:]))
-
-
-def test_a_batch_leaves_the_global_generator_alone():
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    drawn(4)
-    assert torch.equal(torch.rand(3), expected)
+    first, following = batch_of(4, seed=3, step=7), torch.rand(3)
+    assert torch.equal(first.noise, batch_of(4, seed=3, step=7).noise)
+    for other in (batch_of(4, seed=3, step=8), batch_of(4, seed=4, step=7), batch_of(4, seed=7, step=3)):
+        assert not torch.equal(first.noise, other.noise) and not torch.equal(first.timesteps, other.timesteps)
+    torch.manual_seed(1)
+    assert torch.equal(following, torch.rand(3))
 
 
 def test_no_picture_comes_twice_before_each_came_once():
-    latents = drawn(7)[0][:, :, 0, 0, 0]
-    for group in (latents[0, :3], latents[0, 3:6]):
-        assert sorted(group.tolist()) == [0, 1, 2]
-    assert sorted(latents[1, :5].tolist()) == [10, 11, 12, 13, 14]
+    instance, classes = batch_of(7).pictures.tolist()
+    assert sorted(instance[:3]) == sorted(instance[3:6]) == [0, 1, 2]
+    assert sorted(classes[:5]) == [0, 1, 2, 3, 4]
 
 
 def test_order_differs_from_step_to_step():
-    assert len({tuple(drawn(3, step=step)[0][0, :, 0, 0, 0].tolist()) for step in range(30)}) == 6
-
-
-def test_every_example_has_noise_and_a_timestep_of_its_own():
-    _, noise, timesteps = drawn(500)
-    assert noise.shape == (2, 500, 4, 8, 8) and timesteps.shape == (2, 500)
-    flat = noise.flatten(0, 1).flatten(1)
-    assert len(flat.unique(dim=0)) == 1000
-    assert abs(flat.mean()) < 0.01 and abs(flat.std() - 1) < 0.01
-    assert timesteps.min() < 10 and timesteps.max() in range(990, 1000)
-    assert abs(timesteps.float().mean() - 499.5) < 40
+    assert len({tuple(batch_of(3, step=step).pictures[0].tolist()) for step in range(30)}) == 6
 
 
 def test_a_batch_knows_its_pictures_and_gives_its_parts():
-    batch = random_batch([numbered(3), numbered(5, start=10)], 6, 1000, seed=1, step=2)
+    batch = batch_of(6)
     assert torch.equal(batch.latents[:, :, 0, 0, 0], batch.pictures + torch.tensor([[0], [10]]))
     parts = [batch.part(i, 2) for i in range(3)]
     for name in ("pictures", "latents", "noise", "timesteps"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts], 1), getattr(batch, name))
 
 
-def test_every_timestep_comes():
-    """The last one too."""
-    timesteps = random_batch([numbered(1)], 200, 10, seed=0, step=0).timesteps
-    assert timesteps.unique().tolist() == list(range(10))
+def test_every_example_has_noise_of_its_own():
+    noise = batch_of(500).noise
+    assert noise.shape == (2, 500, 4, 8, 8)
+    assert len(noise.flatten(0, 1).flatten(1).unique(dim=0)) == 1000
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
+
+
+def test_every_timestep_comes_equally_often():
+    timesteps = random_batch([numbered(1), numbered(1)], 5000, 10, seed=0, step=0).timesteps
+    assert torch.equal(timesteps.unique(), torch.arange(10)) and not torch.equal(timesteps[0], timesteps[1])
+    assert all(900 < count < 1100 for count in timesteps.flatten().bincount().tolist())
 
 
 def test_latents_are_drawn_from_the_posterior():
-    batch = random_batch([numbered(1, start=3, std=0.5)], 300, 1000, 0, 0)
+    """Their noise has nothing to do with the noise that is added."""
+    batch = random_batch([numbered(1, start=3, std=0.5)], 300, 1000, seed=0, step=0)
     assert abs(batch.latents.mean() - 3) < 0.01 and abs(batch.latents.std() - 0.5) < 0.01
     assert abs(torch.corrcoef(torch.stack([batch.latents.flatten(), batch.noise.flatten()]))[0, 1]) < 0.05
 
@@ -272,14 +254,15 @@ def test_grid_goes_row_by_row():
     assert [sheet.getpixel(xy)[0] for xy in [(50, 50), (250, 50), (50, 200), (250, 200)]] == [10, 20, 30, 255]
 
 
-def test_caption_stands_above_its_row_and_never_on_another():
-    """However long it is; a row without one has no line for it."""
+def test_caption_has_the_room_above_its_row():
+    """Up to the next caption, however long it is; a row without any has no line for it."""
     images = [Image.new("RGB", (200, 130), "red")] * 6
-    sheet = np.asarray(grid(images, 3, ["long " * 40, "b", "", "", "", ""]).convert("L"))
-    assert sheet.shape == (24 + 2 * 130, 600)
-    grid(images, 3, ["long " * 1000] + [""] * 5)  # cut rather than too small for any font
-    dark = (sheet[:24] < 128).any(axis=0)
+    assert grid(images, 3).size == (600, 260)
+    sheet = np.asarray(grid(images, 3, ["long " * 60, "b", "", "", "", ""]).convert("L"))
+    line = len(sheet) - 260
+    dark = (sheet[:line] < 128).any(axis=0)
     assert dark[100:196].any() and not dark[197:203].any() and dark[203:220].any() and not dark[220:].any()
+    assert (sheet[line:] < 128).all()  # no text on the pictures
 
 
 def test_small_pictures_are_enlarged_in_a_grid():
@@ -287,8 +270,11 @@ def test_small_pictures_are_enlarged_in_a_grid():
 
 
 def test_png_carries_its_text(tmp_path):
-    text = describe("a dög, 犬", "blurry", Steps=3, Seed=1)
-    assert text == "a dög, 犬\nNegative prompt: blurry\nSteps: 3, Seed: 1"
-    assert describe("a dog", "", Steps=3) == "a dog\nSteps: 3"
+    """As A1111 writes it, and read back to the same."""
+    text = describe("a dög, 犬", "blurry", Steps=3, Seed=1, Model="a, b")
+    assert text == 'a dög, 犬\nNegative prompt: blurry\nSteps: 3, Seed: 1, Model: "a, b"'
     save_png(picture(), tmp_path / "new" / "a.png", text)
-    assert Image.open(tmp_path / "new" / "a.png").text == {"parameters": text}
+    image = Image.open(tmp_path / "new" / "a.png")
+    assert image.text == {"parameters": text}
+    assert read_description(image) == ("a dög, 犬", "blurry", {"Steps": "3", "Seed": "1", "Model": "a, b"})
+    assert describe("a dog", "", Steps=3) == "a dog\nSteps: 3"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import Pair, difference, edit_json, edit_tensors, prefixed
+from conftest import Pair, difference, edit_json, edit_tensors, names, prefixed, refusal
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tinydb
-from tinydb.config import Recipe
 from tinydb.attention import AttentionMaps
+from tinydb.config import Recipe
+from tinydb.pipeline import choose_device, choose_dtype
 
 PROMPT = "a photo of ohwx dog"
+pytestmark = pytest.mark.usefixtures("one_thread")  # on a busy machine, two wait for each other
 
 
 def starting_noise(pair: Pair, seed: int = 0) -> Tensor:
@@ -46,7 +48,7 @@ def assert_same(sd: tinydb.StableDiffusion, other: tinydb.StableDiffusion) -> No
 def test_picture_is_the_one_that_diffusers_draws(pair):
     latents = starting_noise(pair)
     expected = reference_images(pair.reference, latents, num_inference_steps=20, guidance_scale=7.5)
-    images = pair.sd.generate("a photo of [V] dog", steps=20, guidance_scale=7.5, latents=latents)
+    images = pair.sd.generate("a photo of [V] dog", steps=20, guidance_scale=7.5, latents=latents)  # ohwx by default
     assert np.asarray(expected[0]).std() > 20  # there is something to compare
     assert difference(images, expected) <= 2
 
@@ -69,8 +71,9 @@ def test_dpm_draws_the_picture_that_diffusers_draws(pair):
     assert difference(images, expected) <= 2
 
 
-@pytest.mark.parametrize("strength", [0.25, 0.7, 1.0])
+@pytest.mark.parametrize("strength", [0.39, 1.0])
 def test_drawing_over_a_picture_as_diffusers_does(pair, strength):
+    """With strength 0.39 the last 3 of 10 steps."""
     theirs = StableDiffusionImg2ImgPipeline(**pair.reference.components, requires_safety_checker=False)
     theirs.set_progress_bar_config(disable=True)
     init = Image.radial_gradient("L").convert("RGB").resize((24, 16))
@@ -80,11 +83,19 @@ def test_drawing_over_a_picture_as_diffusers_does(pair, strength):
     assert difference(pair.sd.generate(PROMPT, init=init, steps=10, seed=3, **options), expected) <= 2
 
 
+@pytest.mark.parametrize("strength, steps", [(0.01, 1), (0.19, 1), (0.2, 2), (0.99, 9), (1.0, 10)])
+def test_steps_over_a_picture(pairs, strength, steps):
+    """Rounded down as in diffusers, but one at the least."""
+    init = Image.radial_gradient("L").convert("RGB").resize((16, 16))
+    ways = pairs("nano").sd.denoise(PROMPT, init=init, steps=10, strength=strength, guidance_scale=1.0)
+    assert len(list(ways)) == steps
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_we_save_opens_in_diffusers(pair, tmp_path, dtype):
+def test_what_we_save_opens_in_diffusers(pairs, tmp_path, dtype):
     """As it stands, whatever the precision on disk, and draws the picture that we draw from it."""
-    pair.sd.save(tmp_path / "saved", dtype)
-    pipeline, latents = StableDiffusionPipeline.from_pretrained(tmp_path / "saved"), starting_noise(pair)
+    pairs("sd2").sd.save(tmp_path / "saved", dtype)
+    pipeline, latents = StableDiffusionPipeline.from_pretrained(tmp_path / "saved"), starting_noise(pairs("sd2"))
     expected = reference_images(pipeline, latents, num_inference_steps=4, guidance_scale=7.5)
     images = tinydb.load(tmp_path / "saved").generate(PROMPT, steps=4, guidance_scale=7.5, latents=latents)
     assert difference(images, expected) <= 2
@@ -96,7 +107,7 @@ def test_save_and_load_round_trip(pair, tmp_path):
     taught = replace(pair.sd, info=info)
     taught.save(tmp_path / "saved")
     assert_same(tinydb.load(tmp_path / "saved"), taught)
-    assert [path.name for path in tmp_path.iterdir()] == ["saved"]  # nothing temporary is left
+    assert names(tmp_path) == ["saved"]  # nothing temporary is left
 
 
 def test_saving_over_the_folder_that_was_loaded(folder):
@@ -114,7 +125,7 @@ def test_failed_save_leaves_the_old_folder(folder, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         sd.save(folder)
     assert_same(tinydb.load(folder), sd)
-    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert names(folder.parent) == [folder.name]
 
 
 def test_half_precision_folder_loads_as_float32(pairs, tmp_path):
@@ -128,9 +139,9 @@ def test_half_precision_folder_loads_as_float32(pairs, tmp_path):
         torch.testing.assert_close(dict(getattr(loaded, part).state_dict()), expected, rtol=0, atol=0)
 
 
-def test_what_we_write_is_the_form_that_everything_reads(pair, tmp_path):
+def test_what_we_write_is_the_form_that_everything_reads(pairs, tmp_path):
     """`text_model.` and `to_q` names, metadata, float32 text encoder, DDIM, vocab.json and merges.txt."""
-    pair.sd.save(tmp_path / "saved", torch.float16)
+    pairs("sd1").sd.save(tmp_path / "saved", torch.float16)
     text = load_file(tmp_path / "saved/text_encoder/model.safetensors")
     assert all(name.startswith("text_model.") for name in text)
     assert b'"format":"pt"' in (tmp_path / "saved/vae/diffusion_pytorch_model.safetensors").read_bytes()[:500]
@@ -139,7 +150,7 @@ def test_what_we_write_is_the_form_that_everything_reads(pair, tmp_path):
     expected = {"_class_name": "DDIMScheduler", "steps_offset": 1, "clip_sample": False,
                 "set_alpha_to_one": False}
     assert scheduler.items() >= expected.items()
-    assert {"vocab.json", "merges.txt"} <= {path.name for path in (tmp_path / "saved/tokenizer").iterdir()}
+    assert {"vocab.json", "merges.txt"} <= set(names(tmp_path / "saved/tokenizer"))
 
 
 def test_same_seed_same_picture(pairs):
@@ -247,6 +258,31 @@ def test_more_pictures_than_are_decoded_at_once(pairs):
     latents = torch.randn(10, 8, 4, 4, generator=torch.Generator().manual_seed(0))
     one_by_one = [pairs("tiny").sd.decode(latents[i : i + 1])[0] for i in range(10)]
     assert difference(pairs("tiny").sd.decode(latents), one_by_one) <= 1
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"steps": 0}, "--steps 0: expected 1 or more"), ({"steps": 1000}, "steps 1000: expected 1 to 999"),
+    ({"size": (0, 64)}, "--size (0, 64): expected 1 or more"), ({"size": (60, 64)}, "size 60x64"),
+    ({"guidance_scale": float("nan")}, "--guidance nan"), ({"seed": -1}, "--seed -1"),
+    ({"strength": 0.0}, "--strength 0.0: expected more than 0"),
+    ({"sampler": "euler"}, "--sampler 'euler': expected ddim or dpm"),
+    ({"sampler": "dpm", "eta": 0.5}, "--eta 0.5"), ({"latents": torch.zeros(2, 4, 8, 8)}, "2 latents for 1 prompts"),
+    ({"init": Image.new("RGB", (20, 16))}, "init of 20x16"), ({"steps": "many"}, "--steps 'many': expected int"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_what_cannot_be_drawn(pairs, settings, words):
+    """A call from Python is checked as a command line is, and the message names the option."""
+    assert words in refusal(pairs("sd1").sd.generate, "dog", **settings)
+
+
+def test_device_and_precision():
+    assert choose_device("cpu") == torch.device("cpu")
+    assert "--device cpu" in refusal(choose_device, "tpu9")
+    cpu = torch.device("cpu")
+    assert [choose_dtype(name, cpu) for name in ("auto", "fp32", "bf16", "fp16")] == [
+        torch.float32, torch.float32, torch.bfloat16, torch.float16]
+
+
+# ------------------------------------------------------------------------ folders that others have written
 
 
 POSITIONS = torch.arange(77)[None]

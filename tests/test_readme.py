@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from processes import start
+import torch
+from processes import ROOT, start
 
 import convert_weights
 import sample
@@ -16,7 +17,6 @@ import tinydb
 import train
 from tinydb.cli import Parser
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"train.py": train, "sample.py": sample, "convert_weights.py": convert_weights}
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
@@ -28,6 +28,7 @@ ELSEWHERE = "sd1", "downloaded", "checkpoints"  # from the hub, or after a long 
 OFFLINE = [words for words in OURS if not any(name in word for word in words for name in ELSEWHERE)]
 FEW = {"train.py": ["--steps", "2", "--class-images", "2"], "sample.py": ["--steps", "2"], "convert_weights.py": []}
 PYTHON = [block for language, block in BLOCKS if language == "python"]
+IDEA = re.search(r"^## The idea alone$.*?^```python\n(.*?)^```$", README, re.M | re.S)[1]
 
 
 def split(words: list[str]) -> tuple[str, list[str]]:
@@ -57,21 +58,49 @@ def test_every_flag_is_one_that_a_script_has():
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= known
 
 
-def test_commands_run_one_after_the_other_and_so_does_the_python(tmp_path, monkeypatch):
-    """As the README has them but with few steps, each finding what those before it left; then its Python."""
+@pytest.fixture
+def clone(tmp_path, monkeypatch) -> None:
+    """A folder to run things in that looks like a fresh clone, with pictures of a teapot of one's own."""
     monkeypatch.chdir(tmp_path)
     Path("weights").symlink_to(ROOT / "weights")
     shutil.copytree(ROOT / "weights" / "subjects" / "pip", "my_teapot")
+
+
+def run(words: list[str]) -> str:
+    """Run a command with few steps, in a process of its own; what it said on stderr."""
+    script, given = split(words)
+    process = start(Path("output").absolute(), script, *given, *FEW[script], prepare=partial(os.chdir, Path.cwd()))
+    assert process.wait() == 0, f"{shlex.join(words)}\n{process.message}"
+    return process.message
+
+
+def test_commands_run_one_after_the_other(clone):
+    """Each finds what those before it left."""
     for words in OFFLINE:
-        script, given = split(words)
-        run = start(tmp_path / "output", script, *given, *FEW[script], prepare=partial(os.chdir, tmp_path))
-        assert run.wait() == 0, f"{shlex.join(words)}\n{run.message}"
-        for noun in re.findall(r"\[V\] (\w+)", " ".join(given)):  # drawn by the model that was taught it
-            assert f"[V] is a {noun}" in run.message, shlex.join(words)
+        message = run(words)
+        for noun in re.findall(r"\[V\] (\w+)", " ".join(words)):  # drawn by the model that was taught it
+            assert f"[V] is a {noun}" in message, shlex.join(words)
     assert len(list(Path("samples").glob("*-V-dog-on-the-moon.png"))) == 4
+
+
+def test_python_before_the_idea(clone):
     for code in PYTHON:
-        exec(code.replace("range(180)", "range(2)").replace("range(96)", "range(2)"), {})
-    assert tinydb.load("runs/idea/model").info.class_noun == "dog"  # "The idea alone" saves a model that is taught
+        if code != IDEA:
+            exec(code, {})
+    assert Path("denoising.png").is_file()
+
+
+def test_the_idea_alone_is_what_train_does(clone, one_thread):
+    """Two steps of either move the weights to the same place."""
+    code = IDEA.replace("range(180)", "range(2)").replace("range(96)", "range(2)")
+    assert code.count("range(2)") == 2
+    exec(code, {})
+    run(shlex.split("python train.py --images weights/subjects/rex --class dog"))
+    start_from, ours, theirs = (
+        torch.cat([tensor.flatten() for part in (sd.unet, sd.text_encoder) for tensor in part.parameters()])
+        for sd in map(tinydb.load, ("weights/tiny", "runs/idea/model", "runs/rex/model")))
+    assert (ours - theirs).norm() < 0.01 * (theirs - start_from).norm()
+    assert tinydb.load("runs/idea/model").info.class_noun == "dog"  # so sample.py knows what [V] is
 
 
 def test_line_counts_are_about_right():

@@ -1,11 +1,11 @@
 """The command line: options from a dataclass, and the one place where an exception becomes a message and an exit code.
 
-| what happened                                                | exit code |
-|--------------------------------------------------------------|----------:|
-| all went well                                                |         0 |
-| what the user gave cannot be used (InputError)               |         2 |
-| the user stopped it: Ctrl-C, or Stopped after work was saved |       130 |
-| the disk, the memory or another process failed               |         1 |
+| what happened                                                            | exit code |
+|--------------------------------------------------------------------------|----------:|
+| all went well                                                            |         0 |
+| what the user gave cannot be used, or not written where they say so      |         2 |
+| the user stopped it: Ctrl-C, or Stopped after work was saved             |       130 |
+| the memory, another process, or the disk in another place failed         |         1 |
 
 Each of the last three prints one line on stderr. A fault of this program shows its traceback.
 """

@@ -62,6 +62,10 @@ def check_field(f: Field, value: Any) -> None:
     require(right_type and (bool in kinds or not isinstance(value, bool)),
             f"{label(f)} {value!r}: expected {' or '.join(kind.__name__ for kind in kinds if kind is not type(None))}")
 
+    item_types = [get_args(kind)[0] for kind in alternatives if get_origin(kind) is tuple]
+    require(not isinstance(value, tuple) or all(type(item) in item_types for item in value),
+            f"{label(f)} {value!r}: expected a list of {' or '.join(kind.__name__ for kind in item_types)}")
+
     bounds = {"least": "{} or more", "above": "more than {}", "most": "at most {}"}
     expected = [text.format(f.metadata[name]) for name, text in bounds.items() if name in f.metadata]
     least, above, most = (f.metadata.get(name) for name in bounds)

@@ -129,13 +129,15 @@ def dpm_step(schedule: NoiseSchedule, now: Estimate, next_timestep: int, earlier
 
 @dataclass(frozen=True)
 class Sampler:
-    """The timesteps at which a sampler asks the network, from noisy to clean, and how it steps from one to the next."""
+    """The timesteps at which a sampler asks the network, from noisy to clean, how it steps from one to the next, and
+    what other programs call it."""
 
     timesteps: Callable[[NoiseSchedule, int], list[int]]
     step: Callable[[NoiseSchedule, Estimate, int, Estimate | None, FreshNoise], Tensor]
+    name: str
 
 
-SAMPLERS = {"ddim": Sampler(ddim_timesteps, ddim_step), "dpm": Sampler(dpm_timesteps, dpm_step)}
+SAMPLERS = {"ddim": Sampler(ddim_timesteps, ddim_step, "DDIM"), "dpm": Sampler(dpm_timesteps, dpm_step, "DPM++ 2M")}
 
 
 def sampler_timesteps(schedule: NoiseSchedule, sampler: str, steps: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -46,8 +47,9 @@ def grid(images: list[Image.Image], columns: int, captions: list[str] | None = N
             size = CAPTION * 0.6
             size = max(size * min(1, room / ImageFont.load_default(size).getlength(caption)), SMALLEST)
             font = ImageFont.load_default(size)
-            while font.getlength(caption) > room:
-                caption = caption.removesuffix("…")[:-1] + "…"
+            if font.getlength(caption) > room:  # cut to the letters that fit
+                fits = bisect_right(range(1, len(caption)), room, key=lambda n: font.getlength(caption[:n] + "…"))
+                caption = caption[:fits] + "…"
             ImageDraw.Draw(sheet).text((left + 4, top - CAPTION / 2), caption, "black", font, anchor="lm")
     return sheet
 

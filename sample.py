@@ -26,12 +26,12 @@ from tqdm import tqdm
 import tinydb
 from tinydb import cli
 from tinydb.attention import AttentionMaps, attention_sheet
-from tinydb.cli import option
+from tinydb.cli import choose_device, choose_dtype, option
 from tinydb.config import InputError, require
 from tinydb.data import open_picture
 from tinydb.diffusion import SAMPLERS
 from tinydb.pictures import describe, grid, read_description, save_png
-from tinydb.pipeline import Sampling, StableDiffusion, choose_device, choose_dtype
+from tinydb.pipeline import Sampling, StableDiffusion
 from tinydb.storage import existing_parent, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 

@@ -32,15 +32,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import tinydb
 from tinydb import cli
 from tinydb.class_images import ClassImages, class_prompt
-from tinydb.cli import option
+from tinydb.cli import choose_device, choose_dtype, option
 from tinydb.clip import EncoderLayer
 from tinydb.config import Checked, InputError, Recipe, read_json, require, write_json
-from tinydb.data import Batch, Latents, pictures_digest, random_batch, read_pictures
+from tinydb.data import Batch, Latents, random_batch, read_pictures
 from tinydb.layers import ResnetBlock2D
-from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, choose_device, choose_dtype
+from tinydb.pictures import pictures_digest
+from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, load
 from tinydb.report import sample_command
 from tinydb.run import Run, StopSignal, memory_plan
 from tinydb.storage import WEIGHT_FILES, check_tensors, read_tensors, save_tensors, written_whole
@@ -249,7 +249,7 @@ def main(settings: Settings) -> None:
 
     # The model, in fp32 whatever the precision: a step of 1e-6 would be lost in the 8 bits of a bf16 weight.
     weights = Path(settings.weights)
-    sd = tinydb.load(weights, device)
+    sd = load(weights, device)
     settings = settings.resolve(sd.info.recipe)
     run = Run(Path(settings.out))
 

@@ -33,11 +33,11 @@ import train  # noqa: E402
 from convert_weights import SD1  # noqa: E402
 from tinydb import cli  # noqa: E402
 from tinydb.class_images import GROUP  # noqa: E402
-from tinydb.cli import option  # noqa: E402
+from tinydb.cli import choose_device, choose_dtype, option  # noqa: E402
 from tinydb.config import Checked, ModelInfo, Recipe  # noqa: E402
 from tinydb.data import Latents, random_batch, read_pictures  # noqa: E402
 from tinydb.diffusion import NoiseSchedule  # noqa: E402
-from tinydb.pipeline import PARTS, StableDiffusion, choose_device, choose_dtype  # noqa: E402
+from tinydb.pipeline import PARTS, StableDiffusion  # noqa: E402
 from tinydb.tokenizer import CLIPTokenizer  # noqa: E402
 
 TINY, SUBJECT = ROOT / "weights" / "tiny", ROOT / "weights" / "subjects" / "rex"

@@ -4,7 +4,6 @@ import benchmark
 import pytest
 import torch
 
-import tinydb
 
 
 @pytest.fixture

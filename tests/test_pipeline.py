@@ -17,7 +17,7 @@ from torch import Tensor
 import tinydb
 from tinydb.attention import AttentionMaps
 from tinydb.config import Recipe
-from tinydb.pipeline import choose_device, choose_dtype
+from tinydb.cli import choose_device, choose_dtype
 
 PROMPT = "a photo of ohwx dog"
 pytestmark = pytest.mark.usefixtures("one_thread")  # on a busy machine, two wait for each other

@@ -30,7 +30,7 @@ from tinydb.data import Batch, Latents, fit, open_picture, random_batch
 from tinydb.diffusion import NoiseSchedule
 from tinydb.layers import ResnetBlock2D
 from tinydb.pictures import grid, save_png
-from tinydb.pipeline import choose_dtype
+from tinydb.cli import choose_dtype
 from tinydb.run import Run, memory_plan
 from train import DreamBoothLoss, Settings
 

@@ -20,6 +20,7 @@ from dataclasses import MISSING, fields
 from types import UnionType
 from typing import Any, get_args, get_origin
 
+import torch
 import torch.distributed as dist
 
 from tinydb.config import InputError, label, setting
@@ -96,6 +97,27 @@ def named_fields(settings: type, entries: dict[str, Any], source: str) -> dict[s
             nearest = difflib.get_close_matches(key, names, n=1, cutoff=0)[0]
             raise InputError(f"{source}: no option {key!r}; the nearest is {nearest!r}")
     return {names[key]: value for key, value in entries.items()}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the best that is there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"device {name}: not available here ({reason}); try --device cpu") from None
+    return device
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The number format "fp32", "bf16" or "fp16"; "auto" is the fastest that the device is good at."""
+    if precision == "auto":
+        recent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        precision = "bf16" if recent else "fp16" if device.type == "cuda" else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -1,6 +1,5 @@
 """Photographs to latents, and everything that is random in a training step."""
 
-import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -51,14 +50,6 @@ def read_pictures(folder: Path, size: int) -> tuple[dict[str, Image.Image], list
             remarks.append(f"{path.name} is only {image.width}x{image.height}: enlarged to {size}, it will look soft")
         pictures[path.name] = fit(image, size)
     return pictures, remarks
-
-
-def pictures_digest(images: Iterable[Image.Image]) -> str:
-    """A short name for what pictures show."""
-    digest = hashlib.sha256()
-    for image in images:
-        digest.update(image.tobytes())
-    return digest.hexdigest()[:12]
 
 
 def fit(image: Image.Image, size: int) -> Image.Image:

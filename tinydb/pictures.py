@@ -1,5 +1,6 @@
 """Pictures for people: pixels to images, grids, heat maps, and the text that a PNG carries along."""
 
+import hashlib
 import json
 import re
 from bisect import bisect_right
@@ -26,6 +27,14 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     """Pixels (B, 3, H, W) in [-1, 1] -> B images; what lies outside is clipped."""
     pixels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def pictures_digest(images: Iterable[Image.Image]) -> str:
+    """A short name for what pictures show."""
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(image.tobytes())
+    return digest.hexdigest()[:12]
 
 
 def grid(images: list[Image.Image], columns: int, captions: list[str] | None = None) -> Image.Image:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tinydb.clip import CLIPTextModel
 from tinydb.cli import option
-from tinydb.config import (Checked, InputError, ModelInfo, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, read_json,
+from tinydb.config import (Checked, ModelInfo, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, read_json,
                            require, write_json)
 from tinydb.diffusion import SAMPLERS, FreshNoise, NoiseSchedule, guided, sample, sampler_timesteps
 from tinydb.pictures import to_images, to_pixels
@@ -253,24 +253,3 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     tokenizer = CLIPTokenizer.read(folder / "tokenizer")
     info = ModelInfo.read(folder / "tinydb.json")
     return StableDiffusion(*models, tokenizer, schedule, info).to(device)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the best that is there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"device {name}: not available here ({reason}); try --device cpu") from None
-    return device
-
-
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The number format "fp32", "bf16" or "fp16"; "auto" is the fastest that the device is good at."""
-    if precision == "auto":
-        recent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        precision = "bf16" if recent else "fp16" if device.type == "cuda" else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tinydb import cli
-from tinydb.cli import option
+from tinydb.cli import choose_device, option
 from tinydb.clip import CLIPTextModel
 from tinydb.config import Checked, ModelInfo, Recipe, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from tinydb.diffusion import NoiseSchedule
 from tinydb.layers import ResnetBlock2D
 from tinydb.pictures import grid, to_images, to_pixels
-from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, choose_device
+from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion
 from tinydb.storage import read_tensors, save_tensors, written_whole
 from tinydb.tokenizer import BOS, EOS, CLIPTokenizer
 from tinydb.unet import Transformer2DModel, UNet2DConditionModel

@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, UNET, edit_json, edit_tensors, files, metrics, names, refusal
+from conftest import ROOT, TEXT, UNET, edit_json, edit_tensors, files, metrics, names, refusal
 from PIL import Image
 from processes import Script, arguments, kill_at_file, limit_file_size, start
 from safetensors.torch import load_file
@@ -374,6 +376,16 @@ def test_signals_save_and_exit_with_130(nano, photos, tmp_path):
     assert checkpoints(out) == [f"step-{done:06d}"]
     again = start(tmp_path / "log", "train.py", *command_line(nano, photos, out, steps=done + 1), "--resume")
     assert again.wait() == 0 and steps_of(out) == list(range(1, done + 2))
+
+
+def test_a_terminal_that_goes_away_does_not_end_the_training(nano, photos, tmp_path):
+    """As `python train.py ... 2>&1 | head -c 300`."""
+    command = [sys.executable, str(ROOT / "train.py"), *command_line(nano, photos, tmp_path / "out", steps=30)]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    run.stdout.read(300)
+    run.stdout.close()
+    assert run.wait(timeout=120) == 0
+    assert (tmp_path / "out" / "model").is_dir() and len(steps_of(tmp_path / "out")) == 30
 
 
 # ---------------------------------------------------------------------------------- killed, and a full disk

@@ -474,3 +474,19 @@ def test_from_another_folder_as_a_process(nano, tmp_path):
     done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "samples/0000-V-dog.png\n"), done.stderr
     assert "drawing" in done.stderr and names(tmp_path / "samples") == ["0000-V-dog.png"]
+
+
+def test_a_prompt_that_the_terminal_cannot_print(nano, tmp_path):
+    call = [sys.executable, str(ROOT / "sample.py"), "a 猫", "-n", "1", "--weights", str(nano), "--device", "cpu"]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr.decode()
+    assert len(os.listdir(tmp_path / "samples")) == 1
+
+
+def test_bytes_that_are_no_text(command, nano, tmp_path):
+    """In a prompt they are refused; in the name of a folder they are as good as any."""
+    code, _, error = command("sample.py", os.fsdecode(b"a caf\xe9"), "--weights", str(nano), "--device", "cpu")
+    assert code == 2 and "Traceback" not in error and "UTF-8" in error
+    out = os.fsdecode(b"caf\xe9")
+    code, _, error = command("sample.py", "a dog", "-n", "1", "--weights", str(nano), "--device", "cpu", "--out", out)
+    assert code == 0 and os.listdir(out) == ["0000-a-dog.png"], error

@@ -16,9 +16,10 @@ import errno
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, TextIO, get_args, get_origin
 
 import torch
 import torch.distributed as dist
@@ -120,6 +121,28 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
+class SteadyStream:
+    """stdout or stderr that never ends the program: what cannot be written is lost, since the terminal is gone, or
+    escaped, since it does not know the letter."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or the CPU, had no memory left; PyTorch has no one class for that."""
     return any(words in str(error) for words in ("out of memory", "allocate memory", "could not create a primitive"))
@@ -132,6 +155,7 @@ def run(main: Callable[[Any], None], settings: type, doc: str | None, *, out_of_
     `doc` is the script's docstring (None under -OO). `defaults(given)` are the options in a file that the command line
     names. `out_of_memory` and `after_failure` say what then helps.
     """
+    sys.stdout, sys.stderr = SteadyStream(sys.stdout), SteadyStream(sys.stderr)
     parser = Parser(settings, doc and doc.splitlines()[0])
     try:
         given = parser.parse(sys.argv[1:])

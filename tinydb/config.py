@@ -25,6 +25,15 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def as_text(text: str) -> str:
+    """The text itself; InputError where it holds bytes that are not UTF-8, as a command line or a file name may."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{text!r}: bytes that are no text; write it in UTF-8") from None
+    return text
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; InputError where there is none."""
     try:

@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
-from tinydb.config import InputError, read_json
+from tinydb.config import InputError, as_text, read_json
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 PLACEHOLDER = "[V]"  # stands for the identifier in every prompt, as in the DreamBooth paper
@@ -44,7 +44,8 @@ class CLIPTokenizer:
     def encode(self, text: str | list[str]) -> Tensor:
         """One text or several -> ids (B, max_length): start, text, end, padding. A text that is too long is cut
         before the end token; `dropped` tells what is lost."""
-        rows = [encoding.ids for encoding in self.bpe.encode_batch([text] if isinstance(text, str) else text)]
+        texts = [text] if isinstance(text, str) else text
+        rows = [encoding.ids for encoding in self.bpe.encode_batch([as_text(each) for each in texts])]
         ids = torch.full((len(rows), self.max_length), self.vocab[self.pad])
         for row, tokens in zip(ids, rows):
             tokens = tokens[: self.max_length - 1] + tokens[-1:] if len(tokens) > self.max_length else tokens
@@ -53,7 +54,7 @@ class CLIPTokenizer:
 
     def dropped(self, text: str) -> str:
         """The end of `text` that `encode` cuts off; empty where all of it fits."""
-        encoding = self.bpe.encode(text)
+        encoding = self.bpe.encode(as_text(text))
         kept = encoding.offsets[self.max_length - 2 : self.max_length - 1]  # the last token that stays
         return text[kept[0][1]:].strip() if len(encoding.ids) > self.max_length else ""
 

@@ -20,13 +20,12 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 from PIL import Image, ImageOps
-from torch import Tensor
 from tqdm import tqdm
 
 import tinydb
 from tinydb import cli
 from tinydb.attention import AttentionMaps, attention_sheet
-from tinydb.cli import choose_device, choose_dtype, option
+from tinydb.cli import choose_device, choose_dtype, extra, option
 from tinydb.config import InputError, require
 from tinydb.data import open_picture
 from tinydb.diffusion import SAMPLERS
@@ -191,15 +190,6 @@ def save(image: Image.Image, path: Path, about: str) -> None:
     tqdm.write(str(path))
 
 
-def draw_preview(sd: StableDiffusion, clean: Tensor, path: Path, about: str) -> None:
-    """What the model believes the pictures to be. Whatever goes wrong here must not end the drawing."""
-    try:
-        with written_whole(path) as temporary:
-            save_png(grid(sd.decode(clean), len(clean)), temporary, about)
-    except (InputError, RuntimeError) as error:  # out of memory is a RuntimeError
-        tqdm.write(f"no preview this time: {error}", file=sys.stderr)
-
-
 def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) -> list[Image.Image]:
     """Draw and save the pictures of one prompt; each is on the disk before the next ones are begun."""
     settings, out = sd.with_recipe(settings), Path(settings.out)
@@ -217,7 +207,8 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) ->
                 for latents, clean in sd.denoise([prompt] * len(group), init=init, **sampling):
                     progress.update()
                     if settings.preview and progress.n % settings.preview == 0:
-                        draw_preview(sd, clean, preview, f"step {progress.n} of: {prompt}")
+                        with extra("preview"), written_whole(preview) as temporary:
+                            save_png(grid(sd.decode(clean), len(group)), temporary, f"step {progress.n} of: {prompt}")
             for i, image in zip(group, sd.decode(latents)):
                 images.append(image)
                 paths.append(new_path(settings, prompt, i))

@@ -15,14 +15,15 @@ import difflib
 import errno
 import re
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields
 from types import UnionType
 from typing import Any, TextIO, get_args, get_origin
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from tinydb.config import InputError, label, setting
 
@@ -141,6 +142,15 @@ class SteadyStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+@contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Around what is only nice to have, such as a preview: where it fails, that is said, and the work goes on."""
+    try:
+        yield
+    except Exception as error:
+        tqdm.write(f"no {name} this time: {error}", file=sys.stderr)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, fields
@@ -19,10 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from PIL import Image
-from tqdm import tqdm
 
-from tinydb.cli import Stopped
-from tinydb.config import InputError, read_json, require, write_json
+from tinydb.cli import Stopped, extra
+from tinydb.config import read_json, require, write_json
 from tinydb.pictures import grid, save_png
 from tinydb.pipeline import StableDiffusion
 from tinydb.report import write_report
@@ -168,24 +166,19 @@ class Run:
 
     def preview(self, sd: StableDiffusion, prompts: list[str], step: int,
                 autocast: Callable[[], AbstractContextManager]) -> None:
-        """A grid of pictures from the same noise each time. Whatever goes wrong here must not end the training."""
-        try:
+        """A grid of pictures from the same noise each time."""
+        with extra("preview"):
             sd.vae.to(sd.device)
             with autocast():
                 images = sd.generate(prompts)
             with written_whole(self.out / "samples" / f"step-{step:06d}.png") as temporary:
                 save_png(grid(images, len(images)), temporary, " | ".join(prompts))
-        except (RuntimeError, InputError) as error:  # out of memory is a RuntimeError
-            tqdm.write(f"no preview this time: {error}", file=sys.stderr)
-        finally:
-            sd.vae.to("cpu")
+        sd.vae.to("cpu")
 
     def report(self) -> None:
-        """Make report.html anew. Whatever goes wrong here must not end the training."""
-        try:
+        """Make report.html anew."""
+        with extra("report"):
             write_report(self.out)
-        except Exception as error:
-            tqdm.write(f"no report this time: {error}", file=sys.stderr)
 
 
 def open_tracker(name: str | None, out: Path, settings: Any, step: int) -> Callable[[dict[str, float], int], None]:

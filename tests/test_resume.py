@@ -25,6 +25,7 @@ import tinydb
 import train
 from tinydb.cli import Stopped, option
 from tinydb.run import Run
+from tinydb.storage import written_whole
 
 STATE = "state.safetensors"
 
@@ -240,10 +241,10 @@ def test_moments_are_laid_out_like_their_weights(nano, begun):
 
 
 def refused(teach, out: Path, **settings) -> str:
-    """The one line that a run ends with; it changes nothing in `out`."""
+    """The one line that a run ends with; it changes nothing in `out` but who holds it."""
     before = files(out)
     text = refusal(teach, out, **{"save_every": 2, "resume": True, **settings})
-    assert files(out) == before
+    assert files(out) | {".lock": before[".lock"]} == before
     return text
 
 
@@ -386,6 +387,50 @@ def test_a_terminal_that_goes_away_does_not_end_the_training(nano, photos, tmp_p
     run.stdout.close()
     assert run.wait(timeout=120) == 0
     assert (tmp_path / "out" / "model").is_dir() and len(steps_of(tmp_path / "out")) == 30
+
+
+# ------------------------------------------------------------------------------------------- two at once
+
+
+def test_two_runs_never_write_into_one_folder(nano, photos, tmp_path):
+    """The second one says who is there and since when; a kill frees the folder, and what was half written goes."""
+    out = tmp_path / "out"
+    line = command_line(nano, photos, out, steps=1000, save_every=5)
+    first = start(tmp_path / "log", "train.py", *line)
+    for condition, more in ((out / "config.json").exists, []), ((out / "checkpoints").exists, ["--resume"]):
+        wait_for(first, condition)
+        second = start(tmp_path / "second", "train.py", *line, *more)
+        assert second.wait() == 2 and f"process {first.process.pid} on" in second.message
+        assert f"since {time.strftime('%Y-')}" in second.message and "another --out" in second.message
+    first.process.kill()
+    first.process.join()
+    leftovers = [out / f".model.{first.process.pid}.tmp", out / "checkpoints" / ".step-000005.old"]
+    for leftover in leftovers:
+        (leftover / "unet").mkdir(parents=True)
+    short = command_line(nano, photos, out, steps=steps_of(out)[-1] + 5, save_every=5)
+    assert start(tmp_path / "second", "train.py", *short, "--resume").wait() == 0
+    assert not any(leftover.exists() for leftover in leftovers) and not list(out.rglob(".*.tmp"))
+
+
+@pytest.mark.parametrize("lose", [shutil.rmtree, lambda out: out.rename(out.with_name("elsewhere"))],
+                         ids=["deleted", "moved"])
+def test_folder_that_is_lost_meanwhile_ends_the_run(nano, photos, tmp_path, lose):
+    out = tmp_path / "out"
+    run = start(tmp_path / "log", "train.py", *command_line(nano, photos, out))
+    wait_for(run, lambda: (out / "metrics.jsonl").exists() and len(steps_of(out)) >= 3)
+    lose(out)
+    assert run.wait() == 2 and "out was deleted, moved or taken by another run" in run.message
+    assert not out.exists()
+
+
+def test_what_a_killed_writer_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path):
+    path, dead = tmp_path / "a[1].json", start(tmp_path / "log", "sample.py", "--help")
+    dead.wait()
+    for process in (dead.process.pid, os.getppid()):
+        path.with_name(f".{path.name}.{process}.tmp").touch()
+    with written_whole(path) as temporary:
+        temporary.write_text("{}")
+    assert [name for name in names(tmp_path) if name != "log"] == [f".a[1].json.{os.getppid()}.tmp", "a[1].json"]
 
 
 # ---------------------------------------------------------------------------------- killed, and a full disk

@@ -24,7 +24,7 @@ from tinydb.config import read_json, require, write_json
 from tinydb.pictures import grid, save_png
 from tinydb.pipeline import StableDiffusion
 from tinydb.report import write_report
-from tinydb.storage import check_free_disk, remove, written_whole
+from tinydb.storage import check_free_disk, lock, remove, written_whole
 
 
 class StopSignal:
@@ -69,9 +69,15 @@ class Run:
         Refuses a folder that holds anything else, and a --resume that would continue a different run. A run that did
         not get as far as a checkpoint may be started over; its class images stay.
         """
-        config, saved = self.out / "config.json", self.checkpoints()
+        config = self.out / "config.json"
+        require(config.exists() or not settings.resume,
+                f"--resume: no run in {self.out}; leave --resume out to start one")
+        visible = [path for path in self.out.glob("*") if not path.name.startswith(".")]
+        require(config.exists() or not visible,
+                f"{self.out} is not empty, and no run of this program; give another folder with --out")
+        self.lock = lock(self.out / ".lock", str(self.out))
+        saved = self.checkpoints()
         if settings.resume:
-            require(config.exists(), f"--resume: no run in {self.out}; leave --resume out to start one")
             self.check_same(settings, facts, read_json(config))
             done = self.step_of(saved[-1]) if saved else 0
             require(done <= settings.steps,
@@ -81,13 +87,10 @@ class Run:
         else:
             require(not saved and not (self.out / "model").exists(),
                     f"{self.out} holds a run; continue it with --resume, or give this one a folder with --out")
-            visible = [path for path in self.out.glob("*") if not path.name.startswith(".")]
-            require(config.exists() or not visible,
-                    f"{self.out} is not empty, and no run of this program; give another folder with --out")
         noted = {f.name: getattr(settings, f.name) for f in fields(settings) if f.metadata.get("noted", True)}
         with written_whole(config) as temporary:
             write_json(temporary, {**noted, "run": facts})
-        for leftover in (self.out / "checkpoints").glob(".*"):  # of a run that was killed while it wrote
+        for leftover in [*self.out.rglob(".*.tmp"), *self.out.rglob(".*.old")]:  # of a run that was killed
             remove(leftover)
 
     def check_same(self, settings: Any, facts: dict[str, Any], before: dict[str, Any]) -> None:
@@ -159,7 +162,12 @@ class Run:
         self.track = open_tracker(tracker, self.out, settings, step)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Note the numbers of a step."""
+        """Note the numbers of a step; InputError where OUT is not there any more."""
+        try:
+            there = os.path.samestat(os.fstat(self.lock), (self.out / ".lock").stat())
+        except FileNotFoundError:
+            there = False
+        require(there, f"{self.out} was deleted, moved or taken by another run meanwhile; this run ends at step {step}")
         self.metrics.write(json.dumps({"step": step, **values}) + "\n")
         self.metrics.flush()
         self.track(values, step)

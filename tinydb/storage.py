@@ -1,10 +1,13 @@
 """Safetensors in and out: every tensor accounted for, memory-mapped, written whole or not at all."""
 
 import errno
+import glob
 import hashlib
 import os
+import platform
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tinydb.config import InputError, PartConfig, require
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there, two processes on one folder are not noticed
+    fcntl = None
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -122,11 +130,15 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | No
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary sibling of `path` to write a file or a folder to; it takes the place of `path` when all went well.
 
-    It is on the disk before it gets its name, so not even a power cut leaves half of it under that name.
+    It is on the disk before it gets its name, so not even a power cut leaves half of it under that name. Two processes
+    may write the same: each has a sibling of its own, and what killed ones left is swept.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for other in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+            if not is_running(other.name.split(".")[-2]):
+                remove(other)
         remove(temporary)
         yield temporary
         for written in [temporary, *temporary.rglob("*")]:
@@ -140,6 +152,45 @@ def written_whole(path: Path) -> Iterator[Path]:
         raise InputError(f"{path}: could not be written ({reason}); what was there before is whole") from None
     finally:
         remove(temporary)
+
+
+def is_running(process: str) -> bool:
+    """Whether a process of that number is there, or may be."""
+    if os.name == "nt" or not process.isdecimal():  # Windows has no signal that only asks
+        return True
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
+def lock(path: Path, what: str) -> int:
+    """Hold a file's lock until this process ends, however it ends; InputError where another process holds it, which
+    says who and since when. `what` names what the lock stands for. Returns the file's descriptor, never to be closed.
+
+    The system takes the lock back, so there is no stale one. It is the process's own: forked helpers do not keep it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise InputError(f"{path.parent}: not a folder to write in ({error.strerror}); give another --out") from None
+    try:
+        if fcntl:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        holder = os.read(descriptor, 200).decode(errors="replace")
+        os.close(descriptor)
+        raise InputError(f"{what} is in use by {holder or 'another process'}; wait until it ends, or give another "
+                         "--out") from None
+    except OSError:  # a file system without locks
+        pass
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {platform.node()} since {time.strftime('%Y-%m-%d %H:%M')}".encode())
+    return descriptor
 
 
 def flush(path: Path) -> None:

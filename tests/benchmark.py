@@ -78,7 +78,7 @@ class Model:
 def stable_diffusion(folder: Path) -> Path:
     """A folder of Stable Diffusion 1.5's shapes with random weights, and the tokenizer of the model in the box."""
     models = [model_class(getattr(SD1, part)).requires_grad_(False) for part, (model_class, _) in PARTS.items()]
-    for embedding in models[0].text_model["embeddings"].values():
+    for embedding in models[0].text_model.embeddings.values():
         nn.init.normal_(embedding.weight)  # tinydb leaves them empty
     tiny = CLIPTokenizer.read(TINY / "tokenizer")
     tokenizer = CLIPTokenizer(tiny.vocab, tiny.merges, tiny.pad, max_length=77)

@@ -16,5 +16,6 @@ sd.schedule. `train.py --images DIR --class dog` teaches it your dog; after that
 
 from tinydb.config import InputError
 from tinydb.pipeline import StableDiffusion, load
+from tinydb.scores import CLIP, load_clip
 
-__all__ = ["InputError", "StableDiffusion", "load"]
+__all__ = ["CLIP", "InputError", "StableDiffusion", "load", "load_clip"]

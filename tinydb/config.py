@@ -151,6 +151,7 @@ class TextConfig(PartConfig):
     eos_token_id: int = 49407
     pad_token_id: int = 1
 
+    CAUSAL: ClassVar[bool] = True  # a token sees itself and the tokens before it
     CLOSED = False  # transformers writes many entries that concern other uses of CLIP
     # float32 whatever the precision on disk: diffusers would load this part alone in half precision otherwise
     HEADER = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float32"}
@@ -159,6 +160,63 @@ class TextConfig(PartConfig):
         super().__post_init__()
         require(self.hidden_size % self.num_attention_heads == 0,
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}")
+
+
+@dataclass(frozen=True)
+class VisionConfig(PartConfig):
+    """CLIP's image encoder. ViT-B/32: 12 layers of 768; ViT-L/14: 24 of 1024."""
+
+    hidden_size: int = setting(768, least=1, most=10**4)
+    intermediate_size: int = setting(3072, least=1, most=10**5)
+    num_hidden_layers: int = setting(12, least=1, most=100)
+    num_attention_heads: int = setting(12, least=1, most=1000)
+    image_size: int = setting(224, least=1, most=10**4)
+    patch_size: int = setting(32, least=1, most=10**4)
+    hidden_act: str = setting("quick_gelu", choices=("quick_gelu", "gelu"))
+    layer_norm_eps: float = setting(1e-5, above=0, most=1)
+
+    CAUSAL: ClassVar[bool] = False
+    CLOSED = False
+    HEADER = {"model_type": "clip_vision_model", "num_channels": 3}
+    FIXED = {"num_channels": 3}
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.hidden_size % self.num_attention_heads == 0,
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}")
+        require(self.patch_size <= self.image_size,
+                f"patch_size {self.patch_size} is more than image_size {self.image_size}")
+
+
+@dataclass(frozen=True)
+class CLIPConfig(PartConfig):
+    """Both halves of CLIP, the `config.json` of a transformers `CLIPModel` folder."""
+
+    text_config: TextConfig = TextConfig()
+    vision_config: VisionConfig = VisionConfig()
+    projection_dim: int = setting(512, least=1, most=10**4)  # D of the space that text and pictures share
+    logit_scale_init_value: float = setting(2.6592, above=-100, most=100)  # log(1 / 0.07)
+
+    CLOSED = False
+    HEADER = {"architectures": ["CLIPModel"], "model_type": "clip", "dtype": "float32"}
+
+    @classmethod
+    def from_dict(cls, entries: dict[str, Any], source: str):
+        """The halves are objects in the file; older ones repeat them as `..._config_dict`, which decides."""
+        require(entries.get("model_type") == "clip",
+                f"{source}: model_type {entries.get('model_type')!r}, expected 'clip' (a transformers CLIPModel)")
+        halves = {}
+        for name, half in (("text_config", TextConfig), ("vision_config", VisionConfig)):
+            found = [entries.get(key) or {} for key in (name, f"{name}_dict")]
+            require(all(isinstance(each, dict) for each in found), f"{source}: {name}: expected an object of settings")
+            halves[name] = half.from_dict(found[0] | found[1], f"{source}: {name}")
+        return super().from_dict({**entries, **halves}, source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entries of the config file; each half says the size of the shared space as well."""
+        shared = {"projection_dim": self.projection_dim}
+        return {**super().to_dict(), "text_config": {**self.text_config.to_dict(), **shared},
+                "vision_config": {**self.vision_config.to_dict(), **shared}}
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,9 @@ RENAMES = {
         (r"(?:text_model\.)?embeddings\.position_ids", None),
         (r"(?:text_model\.)?((?:embeddings|encoder|final_layer_norm)\..+)", r"text_model.\1"),
     ],
+    "clip": [
+        (r"(?:text|vision)_model\.embeddings\.position_ids", None),
+    ],
     "unet": [],
     "vae": [
         (r"(.+\.attentions\.0)\.query\.(.+)", r"\1.to_q.\2"),
@@ -58,7 +61,7 @@ RENAMES = {
 
 
 def canonical_name(part: str, name: str) -> str | None:
-    """The usual name of a tensor of "text_encoder", "unet", "vae" or "single_file"; None where it is no weight."""
+    """The usual name of a tensor of a part, or of a "single_file"; None where it is no weight."""
     for pattern, replacement in RENAMES[part]:
         match = re.fullmatch(pattern, name)
         if match:

@@ -262,8 +262,8 @@ def main(settings: Settings):
     text_encoder = CLIPTextModel(replace(TEXT, vocab_size=len(tokenizer.vocab), bos_token_id=bos,
                                          eos_token_id=eos, pad_token_id=eos)).to(device)
     # words have unit variance: smaller ones drown in what the layers add, and all prompts become alike
-    nn.init.normal_(text_encoder.text_model["embeddings"]["token_embedding"].weight)
-    nn.init.normal_(text_encoder.text_model["embeddings"]["position_embedding"].weight, std=0.1)
+    nn.init.normal_(text_encoder.text_model.embeddings["token_embedding"].weight)
+    nn.init.normal_(text_encoder.text_model.embeddings["position_embedding"].weight, std=0.1)
     unet = UNet2DConditionModel(UNET).to(device, memory_format=torch.channels_last)
     for block in unet.modules():
         if isinstance(block, ResnetBlock2D):

@@ -1,0 +1,145 @@
+"""Both halves of CLIP compute what transformers computes, on folders that transformers wrote."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import edit_json, edit_tensors, randomize, reference_tokenizer, refusal, vocabulary
+from PIL import Image
+from torch import Tensor
+
+import tinydb
+from tinydb.clip import CLIPModel, preprocess
+from tinydb.config import CLIPConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROMPTS = ["a photo of the dog", "red cat! thing, é", "", "a " * 100]
+# ViT-B/32 and ViT-L/14: their real widths and heads; `layers` of them, and how they describe themselves
+B32 = {"text": {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8},
+       "vision": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "patch_size": 32}}
+L14 = {"text": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+       "vision": {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "patch_size": 14}}
+
+
+def reference_config(shape: dict, text_layers: int, vision_layers: int, projection: int) -> transformers.CLIPConfig:
+    """As OpenAI's files are: the end token is said to be 2, which it is not."""
+    text = {**shape["text"], "num_hidden_layers": text_layers, "vocab_size": len(vocabulary()), "eos_token_id": 2}
+    return transformers.CLIPConfig(text_config=text, projection_dim=projection,
+                                   vision_config={**shape["vision"], "num_hidden_layers": vision_layers})
+
+
+def save_reference(folder: Path, config: transformers.CLIPConfig) -> transformers.CLIPModel:
+    """A random CLIP as transformers saves it."""
+    model = randomize(transformers.CLIPModel(config), 1)
+    model.save_pretrained(folder)
+    side = config.vision_config.image_size
+    transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+                                    ).save_pretrained(folder)
+    reference_tokenizer("<|endoftext|>").save_pretrained(folder)
+    return model
+
+
+def pictures() -> list[Image.Image]:
+    """One wider than high, one higher than wide, one smaller than what CLIP looks at; neither of even sides."""
+    return [Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8))
+            for i, size in enumerate([(301, 517), (403, 229), (63, 41)])]
+
+
+@torch.inference_mode()
+def features(model: transformers.CLIPModel, folder: Path) -> tuple[Tensor, Tensor]:
+    """What transformers makes of the pictures and of PROMPTS."""
+    pixels = transformers.CLIPImageProcessor.from_pretrained(folder)(pictures(), return_tensors="pt").pixel_values
+    ids = reference_tokenizer("<|endoftext|>")(PROMPTS, padding="max_length", truncation=True, return_tensors="pt")
+    output = model(input_ids=ids.input_ids, pixel_values=pixels)
+    return output.image_embeds, output.text_embeds
+
+
+@pytest.mark.parametrize("shape, projection", [(B32, 512), (L14, 768)], ids=["b32", "l14"])
+def test_unit_vectors_are_those_of_transformers(tmp_path, shape, projection):
+    reference = save_reference(tmp_path, reference_config(shape, 2, 2, projection))
+    clip, (images, text) = tinydb.load_clip(tmp_path), features(reference, tmp_path)
+    assert torch.allclose(clip.images(pictures()).norm(dim=1), torch.ones(3))
+    assert (clip.images(pictures()) - images).abs().max() <= 1e-4 * images.abs().max()
+    assert (clip.text(PROMPTS) - text).abs().max() <= 1e-4 * text.abs().max()
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A small CLIP to damage."""
+    save_reference(tmp_path / "clip", small())
+    return tmp_path / "clip"
+
+
+def small() -> transformers.CLIPConfig:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    return reference_config({"text": sizes, "vision": {**sizes, "image_size": 32, "patch_size": 8}}, 1, 1, 16)
+
+
+def test_preprocessing_is_that_of_transformers(folder):
+    pixels = transformers.CLIPImageProcessor.from_pretrained(folder)(pictures(), return_tensors="pt").pixel_values
+    assert torch.allclose(preprocess(pictures(), 32), pixels, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape, text, vision, projection, tensors, parameters", [
+    (B32, 12, 12, 512, 398, 151_277_313), (L14, 12, 24, 768, 590, 427_616_513)], ids=["b32", "l14"])
+def test_names_and_shapes_are_those_of_published_files(shape, text, vision, projection, tensors, parameters):
+    config = reference_config(shape, text, vision, projection)
+    config.text_config.vocab_size = 49408
+    with torch.device("meta"):
+        reference = transformers.CLIPModel(config)
+        ours = CLIPModel(CLIPConfig.from_dict(config.to_dict(), "config.json"))
+    shapes = {name: tensor.shape for name, tensor in ours.state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in reference.state_dict().items()}
+    assert len(shapes) == tensors and sum(shape.numel() for shape in shapes.values()) == parameters
+
+
+def test_what_is_saved_opens_in_transformers_again(folder, tmp_path):
+    clip = tinydb.load_clip(folder)
+    clip.save(tmp_path / "again")
+    images, text = features(transformers.CLIPModel.from_pretrained(tmp_path / "again"), folder)
+    assert torch.allclose(clip.images(pictures()), images, atol=1e-6)
+    assert torch.allclose(clip.text(PROMPTS), text, atol=1e-6)
+    saved = transformers.CLIPImageProcessor.from_pretrained(tmp_path / "again").to_dict()
+    assert saved["size"] == {"shortest_edge": 32} and saved["crop_size"] == {"height": 32, "width": 32}
+
+
+def test_older_files_open(folder):
+    """They repeat the halves under another name, which decides, and carry buffers that are no weights."""
+    config = small().to_dict()
+    edit_json(folder / "config.json", text_config_dict=config["text_config"], text_config={"num_hidden_layers": 7})
+    edit_tensors(folder / "model.safetensors", lambda tensors: tensors | {
+        f"{half}_model.embeddings.position_ids": torch.arange(9.0)[None] for half in ("text", "vision")})
+    assert tinydb.load_clip(folder).text(["a dog"]).shape == (1, 16)
+
+
+def test_a_folder_that_is_no_clip_is_refused(folder, tmp_path, pairs):
+    assert "no such folder" in refusal(tinydb.load_clip, tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    assert "no such file" in refusal(tinydb.load_clip, tmp_path / "empty")
+    assert "config.json" in refusal(tinydb.load_clip, pairs("sd1").folder)
+    assert "'clip_text_model', expected 'clip'" in refusal(tinydb.load_clip, pairs("sd1").folder / "text_encoder")
+    edit_tensors(folder / "model.safetensors", lambda tensors: {
+        name: tensor for name, tensor in tensors.items() if "post_layernorm" not in name})
+    assert "2 tensors do not fit the model: missing vision_model.post_layernorm" in refusal(tinydb.load_clip, folder)
+
+
+@pytest.mark.parametrize("half, change, expected", [
+    ("vision_config", {"hidden_act": "relu"}, "vision_config: hidden_act 'relu': expected quick_gelu or gelu"),
+    ("vision_config", {"num_attention_heads": 5}, "hidden_size 32 is not divisible by num_attention_heads 5"),
+    ("vision_config", {"patch_size": 33}, "patch_size 33 is more than image_size 32"),
+    ("vision_config", {"num_channels": 4}, "num_channels = 4 is not supported"),
+    ("text_config", {"hidden_size": 0}, "text_config: hidden_size 0: expected 1 or more"),
+    (None, {"projection_dim": "512"}, "projection_dim '512': expected int"),
+    (None, {"vision_config": [1]}, "vision_config: expected an object of settings"),
+], ids=str)
+def test_a_config_that_cannot_be_built_is_refused_by_name(folder, half, change, expected):
+    edit_json(folder / "config.json", **({half: small().to_dict()[half] | change} if half else change))
+    assert expected in refusal(tinydb.load_clip, folder)
+
+
+def test_other_preprocessing_is_refused(folder):
+    edit_json(folder / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
+    assert "image_mean [0.5, 0.5, 0.5] is not supported" in refusal(tinydb.load_clip, folder)

@@ -27,7 +27,7 @@ from tinydb import cli
 from tinydb.attention import AttentionMaps, attention_sheet
 from tinydb.cli import choose_device, choose_dtype, extra, option
 from tinydb.config import InputError, require
-from tinydb.data import open_picture
+from tinydb.pictures import open_picture
 from tinydb.diffusion import SAMPLERS
 from tinydb.pictures import describe, grid, read_description, save_png
 from tinydb.pipeline import Sampling, StableDiffusion

@@ -1,5 +1,7 @@
 """Photographs of every kind to pixels and latents, the batch of a training step, and pictures for people."""
 
+import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import difference, refusal
-from PIL import Image, features
+from PIL import Image, ImageCms, features
 
-from tinydb.data import ENCODE_BATCH, Batch, Latents, fit, open_picture, random_batch, read_pictures
-from tinydb.pictures import describe, grid, read_description, save_png, to_images, to_pixels
+import tinydb.pictures
+from tinydb.data import ENCODE_BATCH, Batch, Latents, fit, random_batch, read_pictures
+from tinydb.pictures import describe, grid, open_picture, read_description, save_png, to_images, to_pixels
 
 ORIENTATION = 0x0112  # the EXIF tag
 TURNS = {  # how a camera that notes this orientation has stored an upright picture
@@ -58,6 +61,10 @@ def sixteen_bits(*values: int) -> Image.Image:
     return Image.fromarray(np.array([values], dtype=np.uint16))
 
 
+def floats(*values: float) -> Image.Image:
+    return Image.fromarray(np.array([values], dtype=np.float32))
+
+
 @pytest.mark.parametrize("name, image, options, expected", [
     ("RGBA.png", translucent("RGBA"), {}, [(200, 0, 0), (255, 255, 255)]),
     ("LA.png", translucent("LA"), {}, [(200, 200, 200), (255, 255, 255)]),
@@ -71,6 +78,11 @@ def sixteen_bits(*values: int) -> Image.Image:
     ("1.png", Image.new("1", (2, 1), 1), {}, [(255, 255, 255)] * 2),
     ("I;16.png", sixteen_bits(0x8080, 0xFFFF), {}, [(128, 128, 128), (255, 255, 255)]),
     ("I;16.tiff", sixteen_bits(0, 0x4040), {}, [(0, 0, 0), (64, 64, 64)]),
+    ("float-to-1.tiff", floats(0.5, 1), {}, [(127, 127, 127), (255, 255, 255)]),
+    ("float-to-255.tiff", floats(2, 200), {}, [(2, 2, 2), (200, 200, 200)]),
+    ("float-to-65535.tiff", floats(0x8080, 300), {}, [(128, 128, 128), (1, 1, 1)]),
+    ("float-nan.tiff", floats(float("nan"), 0.5), {}, [(0, 0, 0), (127, 127, 127)]),
+    ("I.tiff", Image.new("I", (2, 1), 2**30), {}, [(127, 127, 127)] * 2),
     ("CMYK.tiff", Image.new("CMYK", (2, 1), (0, 255, 255, 0)), {}, [(255, 0, 0)] * 2),
     ("RGB.bmp", Image.new("RGB", (2, 1), (1, 2, 3)), {}, [(1, 2, 3)] * 2),
     ("RGB.webp", Image.new("RGB", (2, 1), (1, 2, 3)), {"lossless": True}, [(1, 2, 3)] * 2),
@@ -89,6 +101,70 @@ def test_multi_picture_jpeg_gives_its_first_picture(tmp_path):
     picture().save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second], quality=98)
     assert Image.open(tmp_path / "a.jpg").format == "MPO"
     assert difference([open_picture(tmp_path / "a.jpg")], [picture()]) < 40
+
+
+def profile(**primaries: tuple[float, float, float]) -> bytes:
+    """An ICC profile like sRGB's, but for what it says red, green and blue are (X, Y, Z; D50)."""
+    content = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for i in range(struct.unpack_from(">I", content, 128)[0]):
+        tag, offset, _ = struct.unpack_from(">4sII", content, 132 + 12 * i)
+        if values := primaries.get(tag.decode()):
+            struct.pack_into(">3i", content, offset + 8, *(round(value * 65536) for value in values))
+    return bytes(content)
+
+
+DISPLAY_P3 = profile(rXYZ=(0.51512, 0.24120, -0.00105), gXYZ=(0.29198, 0.69225, 0.04189),
+                     bXYZ=(0.15710, 0.06657, 0.78407))
+BLUE_AS_GREEN = profile(gXYZ=(0.14307, 0.06061, 0.71410), bXYZ=(0.38515, 0.71687, 0.09708))
+
+
+@pytest.mark.parametrize("name, colours, expected", [
+    ("p3.png", (200, 100, 50), (215, 93, 31)), ("p3.jpg", (200, 100, 50), (215, 93, 31)),
+    ("p3.webp", (90, 200, 120), (0, 203, 111)), ("swapped.tiff", (200, 10, 60), (200, 60, 10)),
+    ("swapped-RGBA.png", (200, 10, 60), (200, 60, 10)), ("swapped-P.png", (200, 10, 60), (200, 60, 10)),
+    ("damaged.png", (200, 10, 60), (200, 10, 60)),
+])
+def test_colours_are_those_of_the_embedded_profile(tmp_path, name, colours, expected):
+    """In sRGB. The numbers of Display P3 are by its matrices and the transfer curve, which is sRGB's."""
+    image = Image.new("RGB", (16, 16), colours)
+    if "-" in name:
+        image = image.quantize(2) if "-P" in name else image.convert("RGBA")
+    icc = b"none" if "damaged" in name else DISPLAY_P3 if "p3" in name else BLUE_AS_GREEN
+    image.save(tmp_path / name, icc_profile=icc, **({"quality": 100} if "p3" in name else {}))
+    found = open_picture(tmp_path / name)
+    assert np.abs(np.subtract(found.getpixel((8, 8)), expected)).max() <= 2
+
+
+def test_flat_pictures_are_said_aloud(tmp_path):
+    Image.new("RGB", (40, 40), "black").save(tmp_path / "black.png")
+    Image.new("L", (40, 40), 128).save(tmp_path / "grey.jpg")
+    picture().save(tmp_path / "rex.png")
+    pictures, remarks = read_pictures(tmp_path, 16)
+    assert len(pictures) == 3 and [remark.split(" is ")[0] for remark in remarks] == ["black.png", "grey.jpg"]
+    assert all("one flat colour" in remark for remark in remarks)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("loop.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{ } loop\n"),
+    ("a.ppm", b"P6 1 1 255\n\1\2\3"), ("IMG_1.jpg", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"),
+], ids=str)
+def test_other_formats_are_never_decoded(tmp_path, name, content):
+    """Whatever they are called: PostScript would run, and each decoder is one more way in."""
+    (tmp_path / name).write_bytes(content)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="HEIC" if "IMG" in name else "not a picture"):
+        open_picture(tmp_path / name)
+    assert time.monotonic() - started < 5
+
+
+def test_large_photographs_are_shrunk_and_larger_pictures_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tinydb.pictures, "MOST_PIXELS", 1000)
+    for name, size in (("small.png", (40, 25)), ("photo.jpg", (80, 50)), ("huge.jpg", (90, 60)), ("huge.png", (41, 25))):
+        picture(*size).save(tmp_path / name)
+    pictures, remarks = read_pictures(tmp_path, 16)
+    assert list(pictures) == ["photo.jpg", "small.png"] and open_picture(tmp_path / "photo.jpg").size == (40, 25)
+    assert ["megapixels; make it smaller" in remark and "damaged" not in remark for remark in remarks] == [True, True]
+    assert Image.MAX_IMAGE_PIXELS is not None
 
 
 def fill_with_junk(folder: Path) -> None:

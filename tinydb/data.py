@@ -7,37 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from tinydb.config import require
-from tinydb.pictures import to_pixels
+from tinydb.pictures import is_flat, open_picture, to_pixels
 from tinydb.vae import AutoencoderKL
 
 ENCODE_BATCH = 4
 
 
-def open_picture(path: Path) -> Image.Image:
-    """An RGB picture, upright and without transparency; ValueError says why a file is none."""
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)  # phones store a turned picture and a note
-    except UnidentifiedImageError:
-        hint = "convert it to JPEG first" if path.suffix.lower() in (".heic", ".heif") else "not a picture"
-        raise ValueError(hint) from None
-    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
-        raise ValueError(f"damaged ({error})") from None  # whatever the decoder of its format raises
-    if image.mode.startswith("I"):  # 16 bits, which convert() would clip to white
-        image = Image.fromarray((np.asarray(image) // 257).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")  # convert("RGB") alone shows whatever colour lies under the transparency
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 def read_pictures(folder: Path, size: int) -> tuple[dict[str, Image.Image], list[str]]:
     """The pictures in a folder by file name, in order, each cut to its centre square of `size` pixels; and a line on
-    each file that is none, or too small. Hidden files and folders inside are passed over."""
+    each file that is none, flat or too small. Hidden files and folders inside are passed over."""
     require(folder.is_dir(), f"{folder}: no such folder; expected one with pictures in it")
     pictures, remarks = {}, []
     for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
@@ -46,6 +28,8 @@ def read_pictures(folder: Path, size: int) -> tuple[dict[str, Image.Image], list
         except ValueError as error:
             remarks.append(f"{path.name} is skipped: {error}")
             continue
+        if is_flat(image):
+            remarks.append(f"{path.name} is one flat colour: is that what it should show?")
         if min(image.size) * 1.5 < size:
             remarks.append(f"{path.name} is only {image.width}x{image.height}: enlarged to {size}, it will look soft")
         pictures[path.name] = fit(image, size)

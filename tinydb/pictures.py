@@ -1,21 +1,83 @@
-"""Pictures for people: pixels to images, grids, heat maps, and the text that a PNG carries along."""
+"""Pictures: opening them, pixels to images and back, grids, and the text that a PNG carries along."""
 
 import hashlib
 import json
 import re
 from bisect import bisect_right
 from collections.abc import Iterable
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")  # not EPS, whose content is a program that would run
+MOST_PIXELS = 100_000_000  # that are decoded, in about 1.5 GB
+HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftypavif")  # bytes 4 to 12 of what Pillow cannot open
 VISIBLE = 128  # pixels: pictures smaller than this are enlarged in a grid
 CAPTION = 24  # pixels that a line of text has there
 SMALLEST = 9  # pixels of a letter that can still be read
+
+
+def open_picture(path: Path) -> Image.Image:
+    """An RGB picture in sRGB, upright and over white where it is transparent; ValueError says why a file is none."""
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]  # not every Pillow has AVIF
+    usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the limit below takes its place
+    try:
+        with Image.open(path, formats=formats) as file:
+            if file.width * file.height > MOST_PIXELS:
+                file.draft(None, (file.width // 2, file.height // 2))  # a JPEG can be decoded at half its size
+            if file.width * file.height > MOST_PIXELS:
+                size = f"{file.width}x{file.height}"
+                raise Image.DecompressionBombError(f"{size} is more than 100 megapixels; make it smaller first")
+            image = ImageOps.exif_transpose(file)  # phones store a turned picture and a note
+    except UnidentifiedImageError:
+        with path.open("rb") as file:
+            heic = file.read(12)[4:] in HEIC or path.suffix.lower() in (".heic", ".heif")
+        raise ValueError("a HEIC picture; convert it to JPEG first" if heic else "not a picture") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from None
+    except (OSError, SyntaxError, ValueError, RuntimeError) as error:
+        raise ValueError(f"damaged ({error})") from None  # whatever the decoder of its format raises
+    finally:
+        Image.MAX_IMAGE_PIXELS = usual
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = to_grey(image)
+    if image.has_transparency_data:
+        image = to_srgb(image.convert("RGBA"))  # convert("RGB") alone shows the colour under the transparency
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return to_srgb(image.convert("RGB") if image.mode in ("1", "P") else image).convert("RGB")
+
+
+def to_grey(image: Image.Image) -> Image.Image:
+    """Grey values of more than 8 bits -> 8 bits, which convert() would clip. Floating-point files mean 1, 255 or 65535
+    by white: the first of them that no value exceeds."""
+    values = np.nan_to_num(np.asarray(image, np.float64))
+    whites = {"F": (1, 255, 65535), "I": (65535, 2**31 - 1)}.get(image.mode, (65535,))
+    white = next((white for white in whites if values.max() <= white), values.max())
+    return Image.fromarray((values * 255 // white).clip(0, 255).astype(np.uint8))
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """The colours of a picture with an ICC profile, in sRGB. One without is taken to be in sRGB, and so is one whose
+    profile is damaged or for another kind of picture."""
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image
+    try:
+        return ImageCms.profileToProfile(image, BytesIO(profile), ImageCms.createProfile("sRGB"),
+                                         outputMode="RGBA" if image.mode == "RGBA" else "RGB")
+    except ImageCms.PyCMSError:
+        return image
+
+
+def is_flat(image: Image.Image) -> bool:
+    """Whether a picture shows nothing but one colour, more or less."""
+    return all(high - low < 8 for low, high in image.getextrema())
 
 
 def to_pixels(images: Iterable[Image.Image | np.ndarray]) -> Tensor:

@@ -108,7 +108,7 @@ def picture(path: Path, alt: str) -> str:
 
 def parameters(path: Path) -> str:
     """What a PNG says about itself, see pictures.save_png."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=["PNG"]) as image:
         return image.info.get("parameters", "")
 
 

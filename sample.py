@@ -27,9 +27,8 @@ from tinydb import cli
 from tinydb.attention import AttentionMaps, attention_sheet
 from tinydb.cli import choose_device, choose_dtype, extra, option
 from tinydb.config import InputError, require
-from tinydb.pictures import open_picture
 from tinydb.diffusion import SAMPLERS
-from tinydb.pictures import describe, grid, read_description, save_png
+from tinydb.pictures import describe, grid, open_picture, read_description, save_png
 from tinydb.pipeline import Sampling, StableDiffusion
 from tinydb.storage import existing_parent, written_whole
 from tinydb.tokenizer import PLACEHOLDER

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import difference, refusal
 from PIL import Image, ImageCms, features
+from PIL.PngImagePlugin import iTXt
 
 import tinydb.pictures
 from tinydb.data import ENCODE_BATCH, Batch, Latents, fit, random_batch, read_pictures
@@ -345,12 +346,35 @@ def test_small_pictures_are_enlarged_in_a_grid():
     assert grid([picture(16, 20)] * 2, 2).size == (256, 160)
 
 
-def test_png_carries_its_text(tmp_path):
-    """As A1111 writes it, and read back to the same."""
-    text = describe("a dög, 犬", "blurry", Steps=3, Seed=1, Model="a, b")
-    assert text == 'a dög, 犬\nNegative prompt: blurry\nSteps: 3, Seed: 1, Model: "a, b"'
+@pytest.mark.parametrize("prompt, negative, settings, text", [
+    ("a dög, 犬", "blurry", {"Seed": 1, "Model": "a, b"},
+     'a dög, 犬\nNegative prompt: blurry\nSteps: 3, Seed: 1, Model: "a, b"'),
+    ("[V] dog", "", {"Size": "8x8", "Model": "C:/dog"},
+     'a dog\nNegative prompt: \nSteps: 3, Size: 8x8, Model: "C:/dog", Template: [V] dog'),
+    ('a "red" dog, [V]', "[V], bad", {},
+     'a "red" dog, a\nNegative prompt: a, bad\n'
+     'Steps: 3, Template: "a \\"red\\" dog, [V]", Negative Template: "[V], bad"'),
+    ("", "", {}, "\nNegative prompt: \nSteps: 3"),
+], ids=["letters", "identifier", "quotes", "empty"])
+def test_png_carries_its_text(tmp_path, prompt, negative, settings, text):
+    """As A1111 and ComfyUI take it over, which know no [V]; and read back as it was typed."""
+    assert describe(prompt, negative, "a", Steps=3, **settings) == text
     save_png(picture(), tmp_path / "new" / "a.png", text)
     image = Image.open(tmp_path / "new" / "a.png")
-    assert image.text == {"parameters": text}
-    assert read_description(image) == ("a dög, 犬", "blurry", {"Steps": "3", "Seed": "1", "Model": "a, b"})
-    assert describe("a dog", "", Steps=3) == "a dog\nSteps: 3"
+    assert image.text == {"parameters": text} and not isinstance(image.text["parameters"], iTXt) or "犬" in text
+    assert read_description(image) == (prompt, negative, {"Steps": "3", **{k: str(v) for k, v in settings.items()}})
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("a dog\nNegative prompt: cat, \nhat\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, "
+     'Size: 512x768, Lora hashes: "a: 1, b: 2", Version: v1.10.1\n',
+     ("a dog", "cat, \nhat", {"Steps": "20", "Sampler": "DPM++ 2M", "Schedule type": "Karras", "CFG scale": "7",
+                              "Size": "512x768", "Lora hashes": "a: 1, b: 2", "Version": "v1.10.1"})),
+    ("Negative prompt: cat\nSteps: 5,Seed: 1", ("", "cat", {"Steps": "5", "Seed": "1"})),
+    ("a {red|blue} dog\nSteps: 5\nTemplate: a", ("a {red|blue} dog", "", {"Steps": "5"})),
+    ('a dog\nNegative prompt:\nSteps: 5, Template: "{a|b} dog"', ("a dog", "", {"Steps": "5"})),
+], ids=["A1111", "without a prompt", "without a negative one", "template of another program"])
+def test_text_of_other_programs_is_read(text, expected):
+    image = picture()
+    image.info["parameters"] = text
+    assert read_description(image) == expected

@@ -126,7 +126,7 @@ def test_picture_says_how_it_was_made(draw, nano, tmp_path):
     sheet, _, second = draw("[V] dog", weights=weights, **settings).values()
     assert second.text["parameters"] == (
         "[V] dog\nNegative prompt: blurry\n"
-        f"Steps: 3, Sampler: DDIM, CFG scale: 2.0, Seed: 4, Size: 24x16, Eta: 0.5, Model: {weights}")
+        f"Steps: 3, Sampler: DDIM, CFG scale: 2.0, Seed: 4, Size: 24x16, Eta: 0.5, Model: {weights}, Template: [V] dog")
     assert "2 pictures of: [V] dog" in sheet.text["parameters"]
     [other] = draw("a dog", sampler="dpm", guidance_scale=1.5, steps=2).values()
     assert "Steps: 2, Sampler: DPM++ 2M, CFG scale: 1.5, Seed: 0" in other.text["parameters"]

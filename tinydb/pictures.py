@@ -14,6 +14,8 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedIma
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from tinydb.tokenizer import PLACEHOLDER
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")  # not EPS, whose content is a program that would run
 MOST_PIXELS = 100_000_000  # that are decoded, in about 1.5 GB
 HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftypavif")  # bytes 4 to 12 of what Pillow cannot open
@@ -128,24 +130,34 @@ def grid(images: list[Image.Image], columns: int, captions: list[str] | None = N
 def save_png(image: Image.Image, path: Path, parameters: str) -> None:
     """Write a PNG that says how it was made, in the text chunk that A1111 and its successors read."""
     text = PngInfo()
-    text.add_itxt("parameters", parameters)
+    text.add_text("parameters", parameters)  # ComfyUI reads junk before an iTXt chunk, which this is not without need
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, "PNG", pnginfo=text)
 
 
-def describe(prompt: str, negative: str, **settings: object) -> str:
-    """The A1111 `parameters` text: the prompt, the negative prompt, then "Steps: 30, Seed: 1, ..."."""
-    lines = [prompt] + ([f"Negative prompt: {negative}"] if negative else [])
-    quoted = {name: json.dumps(str(value)) if "," in str(value) else value for name, value in settings.items()}
-    return "\n".join(lines + [", ".join(f"{name}: {value}" for name, value in quoted.items())])
+def describe(prompt: str, negative: str, identifier: str = PLACEHOLDER, **settings: object) -> str:
+    """The A1111 `parameters` text: the prompt, the negative prompt, then "Steps: 30, Seed: 1, ...".
+
+    Other programs take [V] for a weight of V, so it is written out as the identifier; what was typed is the Template.
+    """
+    typed = {"Template": prompt, "Negative Template": negative}
+    settings |= {name: text for name, text in typed.items() if PLACEHOLDER in text}
+    prompt, negative = (text.replace(PLACEHOLDER, identifier) for text in (prompt, negative))
+    values = {name: str(value) for name, value in settings.items()}
+    quoted = {name: json.dumps(value, ensure_ascii=False) if re.search(r'[,:"\n]', value) else value
+              for name, value in values.items()}
+    return f"{prompt}\nNegative prompt: {negative}\n" + ", ".join(f"{name}: {quoted[name]}" for name in quoted)
 
 
 def read_description(image: Image.Image) -> tuple[str, str, dict[str, str]]:
-    """What `describe` wrote into a PNG: prompt, negative prompt, settings; ValueError where there is nothing of it."""
-    *lines, last = image.info.get("parameters", "").split("\n")
-    settings = {name: json.loads(value) if value.startswith('"') else value
-                for name, value in re.findall(r'(\w[\w ]*): ("(?:\\.|[^"\\])*"|[^,]*)(?:, |$)', last)}
-    if "Steps" not in settings:
+    """What `describe`, A1111 or ComfyUI wrote into a PNG: prompt, negative prompt, settings; ValueError where there is
+    nothing of it."""
+    texts, found, settings_line = f"\n{image.info.get('parameters', '')}".rpartition("\nSteps:")
+    if not found:
         raise ValueError("it does not say how it was made")
-    prompt, _, negative = "\n".join(lines).partition("\nNegative prompt: ")
-    return prompt, negative, settings
+    settings = {name: json.loads(value) if value.startswith('"') else value.strip() for name, value in re.findall(
+        r'(\w[\w \-/]*):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)', "Steps:" + settings_line.partition("\n")[0])}
+    prompt, _, negative = texts.partition("\nNegative prompt:")
+    typed, typed_negative = settings.pop("Template", ""), settings.pop("Negative Template", "")
+    return (typed if PLACEHOLDER in typed else prompt.removeprefix("\n"),
+            typed_negative if PLACEHOLDER in typed_negative else negative.removeprefix(" "), settings)

@@ -33,11 +33,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from tinydb import cli
-from tinydb.class_images import ClassImages, class_prompt
+from tinydb.class_images import ClassImages, class_prompt, plain_noun
 from tinydb.cli import choose_device, choose_dtype, option
 from tinydb.clip import EncoderLayer
 from tinydb.config import Checked, InputError, Recipe, read_json, require, write_json
-from tinydb.data import Batch, Latents, random_batch, read_pictures
+from tinydb.data import Batch, Latents, no_picture_in, random_batch, read_pictures
 from tinydb.layers import ResnetBlock2D
 from tinydb.pictures import pictures_digest
 from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, load
@@ -72,7 +72,8 @@ class Settings(Checked):
     lr: float | None = option(None, "learning rate (default: recipe)", above=0)
     lr_text: float | None = option(None, "of the text encoder (default: recipe, in proportion to --lr)", above=0)
     prior_weight: float = option(1.0, "weight of the class pictures' loss; 0 does without them", least=0)
-    class_images: int | None = option(None, "class pictures to train with (default: recipe)", least=1)
+    class_images: int | None = option(None, "class pictures to train with (default: recipe)", least=1,
+                                      cure="; --prior-weight 0 does without them")
     class_dir: str | None = option(None, "class pictures of your own, or an earlier run's class_images", free=True)
     precision: str = option("auto", "of the arithmetic; trained weights are always fp32. auto: bf16 or fp16 on a GPU",
                             choices=("auto", "fp32", "bf16", "fp16"), free=True)
@@ -92,13 +93,13 @@ class Settings(Checked):
         """These settings with the recipe's numbers where nothing was given; InputError for what is missing."""
         require(bool(self.images), "--images is missing; expected a folder with 3 to 6 pictures of your subject")
         require(bool(self.class_noun.strip()), "--class is missing; expected what your subject is, such as dog")
-        require(bool(self.identifier.strip()), f"--identifier '': expected a rare word, such as {DEFAULT_IDENTIFIER}")
         require(self.log is None or find_spec(self.log) is not None,
                 f"--log {self.log}: not installed; run `pip install {self.log}`")
         lr = (recipe.lr_freeze_text if self.freeze_text else recipe.lr) if self.lr is None else self.lr
         lr_text = recipe.lr_text * (lr / recipe.lr) if self.lr_text is None else self.lr_text
         return replace(
             self, lr=lr, lr_text=None if self.freeze_text else lr_text,
+            class_noun=plain_noun(self.class_noun, self.identifier),
             out=self.out or str(Path("runs") / Path(self.images).resolve().name),
             steps=recipe.steps if self.steps is None else self.steps,
             batch=recipe.batch if self.batch is None else self.batch,
@@ -255,8 +256,7 @@ def main(settings: Settings) -> None:
 
     # Your pictures, and the prompts under which pictures are learnt.
     instance_images, remarks = read_pictures(Path(settings.images), sd.resolution)
-    require(bool(instance_images),
-            f"--images {settings.images}: no picture in it; expected JPEG or PNG files. {'; '.join(remarks)}")
+    require(bool(instance_images), no_picture_in(settings.images, remarks))
     prompts = [f"a photo of {settings.identifier} {settings.class_noun}", class_prompt(settings.class_noun)]
     remarks += [f"{prompt!r} is too long for the text encoder, which will not see: {dropped!r}"
                 for prompt in prompts if (dropped := sd.tokenizer.dropped(prompt))]

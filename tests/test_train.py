@@ -709,7 +709,7 @@ def test_config_of_a_run_repeats_it(command, teach, tmp_path):
 @pytest.mark.parametrize("text, words", [
     ("{", ["a.json", "JSON"]), ("[3]", ["a.json", "list"]), (None, ["a.json: no such file"]),
     ('{"steps": "many"}', ["--steps", "many"]), ('{"log": "print"}', ["--log", "print", "wandb"]),
-    ('{"stesp": 3}', ["'stesp'", "the nearest is 'steps'"]), ('{"zzz": 3}', ["'zzz'", "the nearest is"]),
+    ('{"stesp": 3}', ["'stesp'", "the nearest is --steps"]), ('{"zzz": 3}', ["'zzz'", "--help"]),
 ], ids=str)
 def test_config_file_that_cannot_be_used(command, tmp_path, text, words):
     if text is not None:

@@ -1,6 +1,7 @@
 """The class pictures: what the model draws for the class before it learns the subject, to hold it to that."""
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from tinydb.config import require
 from tinydb.data import fit, open_picture, read_pictures
 from tinydb.pictures import describe, save_png
-from tinydb.pipeline import LAST_SEED, StableDiffusion, load
+from tinydb.pipeline import DEFAULT_IDENTIFIER, LAST_SEED, StableDiffusion, load
 from tinydb.run import StopSignal
 from tinydb.storage import fingerprint, written_whole
+from tinydb.tokenizer import PLACEHOLDER
 
 GROUP = 8  # pictures drawn together; fixed, since it decides their last bit
 # What a key always tells of the schedule. A field that is added later counts where it has not its default: older keys
@@ -23,6 +26,18 @@ KEY_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", 
 def class_prompt(noun: str) -> str:
     """The prompt of a class picture: "a photo of a dog"."""
     return f"a photo of {'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
+
+
+def plain_noun(noun: str, identifier: str) -> str:
+    """The noun of --class without what the prompts around it say themselves: "a photo of a dog" -> "dog". InputError
+    where it names the subject, as the prompts of other trainers do: every class picture would."""
+    require(bool(identifier.strip()) and PLACEHOLDER not in identifier,
+            f"--identifier {identifier!r}: expected a rare word, such as {DEFAULT_IDENTIFIER}")
+    noun = re.sub(r"((an?|the|my|(photo|picture|image) of) )*", "", " ".join(noun.split()), count=1, flags=re.I)
+    subject = {PLACEHOLDER.lower(), DEFAULT_IDENTIFIER, "sks", *identifier.lower().split()} & set(noun.lower().split())
+    require(not subject, f"--class {noun!r} and --identifier {identifier!r}: {', '.join(subject)} is no word for the "
+                         "class; expected the class alone, such as dog")
+    return noun
 
 
 def is_picture(path: Path) -> bool:

@@ -13,11 +13,12 @@ Each of the last three prints one line on stderr. A fault of this program shows 
 import argparse
 import difflib
 import errno
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from types import UnionType
 from typing import Any, TextIO, get_args, get_origin
 
@@ -25,9 +26,39 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from tinydb.config import InputError, label, setting
+from tinydb.config import InputError, label, require, setting
 
 LONGEST_MESSAGE = 2000  # characters: a file may hold 20,000 tensors, and names of any length
+ELSEWHERE = {  # our options, and what diffusers, kohya and the first Stable Diffusion scripts call them
+    "images": "instance_data_dir train_data_dir data_root instance_dir",
+    "class": "instance_prompt class_prompt class_word",
+    "weights": "pretrained_model_name_or_path model model_path model_id ckpt checkpoint",
+    "out": "output_dir output outdir logging_dir",
+    "identifier": "placeholder_token token instance_token",
+    "steps": "max_train_steps num_train_epochs num_inference_steps ddim_steps",
+    "batch": "train_batch_size batch_size",
+    "accumulate": "gradient_accumulation_steps",
+    "recompute": "gradient_checkpointing",
+    "freeze_text": "train_text_encoder network_train_unet_only",
+    "lr": "learning_rate unet_lr",
+    "lr_text": "text_encoder_lr",
+    "prior_weight": "prior_loss_weight with_prior_preservation",
+    "class_images": "num_class_images",
+    "class_dir": "class_data_dir reg_data_dir",
+    "precision": "mixed_precision fp16 half",
+    "save_every": "checkpointing_steps save_steps save_every_n_steps",
+    "keep": "checkpoints_total_limit",
+    "resume": "resume_from_checkpoint",
+    "sample_every": "validation_steps validation_epochs sample_every_n_steps validation_prompt",
+    "log": "report_to log_with",
+    "guidance": "guidance_scale cfg_scale cfg scale",
+    "negative": "negative_prompt",
+    "n": "num_images num_images_per_prompt n_samples num_samples n_iter",
+    "size": "width height W H resolution",
+    "init": "init_image init_img image",
+    "src": "checkpoint_path input source",
+    "dst": "dump_path output destination",
+}
 
 
 class Stopped(Exception):
@@ -51,13 +82,14 @@ class Parser(argparse.ArgumentParser):
                          if name in f.metadata}
             types = get_args(f.type) if isinstance(f.type, UnionType) else (f.type,)
             if f.default is MISSING:
-                self.add_argument(f.name, **arguments)
+                self.add_argument(f.name, **arguments, type=with_home)
                 continue
             if bool in types:
                 arguments["action"] = argparse.BooleanOptionalAction
             else:
                 is_size = any(get_origin(kind) is tuple for kind in types)
-                arguments["type"] = size if is_size else next((kind for kind in (int, float) if kind in types), str)
+                number = next((kind for kind in (int, float) if kind in types), None)
+                arguments["type"] = size if is_size else number or with_home
             if f.default not in (None, "", False):
                 arguments["help"] += " (default: %(default)s)"
             self.add_argument(label(f), dest=f.name, default=f.default, **arguments)
@@ -66,7 +98,12 @@ class Parser(argparse.ArgumentParser):
         """The settings that a command line gives; `defaults`, by field name, hold where it says nothing."""
         positional = {f.name for f in fields(self.settings) if f.default is MISSING}
         self.set_defaults(**{name: value for name, value in defaults.items() if name not in positional})
-        given = vars(self.parse_intermixed_args(argv))
+        namespace, unknown = self.parse_known_intermixed_args(argv)
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            self.error(no_such_option(self.settings, word) if word.startswith("-") else
+                       f"{word!r} belongs to no option; --help lists them")
+        given = vars(namespace)
         given |= {name: defaults[name] for name in positional & defaults.keys() if not given[name]}
         return self.settings(**given)
 
@@ -89,16 +126,36 @@ def size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def with_home(text: str) -> str:
+    """The text, with the home folder for a leading ~/, which a shell leaves as it is between quotes or behind "="."""
+    return os.path.expanduser(text) if text.startswith("~/") else text
+
+
+def option_names(settings: type) -> dict[str, Field]:
+    """The options, by every name that they go by in a file: that of the flag, that of the field, an older one."""
+    named = {f.name: f for f in fields(settings)}
+    named |= {label(f).lstrip("-").replace("-", "_"): f for f in fields(settings)}
+    return named | {f.metadata["formerly"]: f for f in fields(settings) if "formerly" in f.metadata}
+
+
+def no_such_option(settings: type, name: str) -> str:
+    """What to say of an option that is not there: what it is called here, or which one is spelt much like it."""
+    named, wanted = option_names(settings), name.lstrip("-").replace("-", "_")
+    nearest = [ours for ours, others in ELSEWHERE.items() if ours in named and wanted in others.split()]
+    nearest = nearest or difflib.get_close_matches(wanted, named, n=1)
+    if not nearest:
+        return f"no option {name!r}; --help lists those that there are"
+    f = named[nearest[0]]
+    shown = label(f) if f.default is not MISSING else f"{f.name}, without a flag"
+    return f"no option {name!r}; the nearest is {shown}: {f.metadata['help']}"
+
+
 def named_fields(settings: type, entries: dict[str, Any], source: str) -> dict[str, Any]:
-    """The entries of a file, which may name options by flag or by field, by field name; `source` is for the error."""
-    names = {f.name: f.name for f in fields(settings)}
-    names |= {label(f).lstrip("-").replace("-", "_"): f.name for f in fields(settings)}
-    names |= {f.metadata["formerly"]: f.name for f in fields(settings) if "formerly" in f.metadata}
+    """The entries of a file, by the names of the settings' fields; `source` is for the error."""
+    named = option_names(settings)
     for key in entries:
-        if key not in names:
-            nearest = difflib.get_close_matches(key, names, n=1, cutoff=0)[0]
-            raise InputError(f"{source}: no option {key!r}; the nearest is {nearest!r}")
-    return {names[key]: value for key, value in entries.items()}
+        require(key in named, f"{source}: {no_such_option(settings, key)}")
+    return {named[key].name: value for key, value in entries.items()}
 
 
 def choose_device(name: str) -> torch.device:
@@ -107,10 +164,10 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"device {name}: not available here ({reason}); try --device cpu") from None
+        torch.zeros(1, device=device).item()  # "meta", on which nothing has a value, fails as well
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0][:100]
+        raise InputError(f"--device {name!r}: not available here ({reason}); try --device cpu") from None
     return device
 
 
@@ -184,7 +241,11 @@ def run(main: Callable[[Any], None], settings: type, doc: str | None, *, out_of_
         parser.fail(1, f"{error}{after_failure}")
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        if is_out_of_memory(error):
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = " ".join(str(error).split("\n")[:2])
+            parser.error(f"--compile: PyTorch could not compile the model ({reason}); leave it out, or install a C++ "
+                         "compiler, and on a GPU Triton")
+        elif is_out_of_memory(error):
             parser.fail(1, f"{reason}. {out_of_memory}")
         elif isinstance(error, dist.DistError) or "closed by peer" in reason or "reset by peer" in reason:
             parser.fail(1, f"another process of this run died or cannot be reached, see its own message{after_failure} "

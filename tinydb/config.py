@@ -9,7 +9,7 @@ an unknown activation) is refused by name when the file is read.
 import json
 import math
 import re
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, get_args, get_origin
@@ -52,13 +52,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def setting(default: Any, **declared: Any) -> Any:
-    """A dataclass field with bounds: `least`, `above`, `most`, `choices`. `cli.option` declares more of an option."""
+    """A dataclass field with bounds: `least`, `above`, `most`, `choices`, and a `cure` to say to a number outside of
+    them. `cli.option` declares more of an option."""
     return field(default=default, metadata=declared)
 
 
 def label(f: Field) -> str:
-    """How a message names a field: by its flag where it is a command-line option, else by its name."""
-    return f.metadata.get("flag") or ("--" + f.name.replace("_", "-") if "help" in f.metadata else f.name)
+    """How a message names a field: by its flag where it is an option with one, else by its name."""
+    has_flag = "help" in f.metadata and f.default is not MISSING
+    return f.metadata.get("flag") or ("--" + f.name.replace("_", "-") if has_flag else f.name)
 
 
 def check_field(f: Field, value: Any) -> None:
@@ -84,7 +86,8 @@ def check_field(f: Field, value: Any) -> None:
         if type(item) in (int, float):
             inside = (-math.inf < item < math.inf and (least is None or item >= least)
                       and (above is None or item > above) and (most is None or item <= most))
-            require(inside, f"{label(f)} {value}: expected {' and '.join(expected) or 'a finite number'}")
+            require(inside, f"{label(f)} {value}: expected {' and '.join(expected) or 'a finite number'}"
+                            f"{f.metadata.get('cure', '')}")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,111 @@
+"""What people type: words of other trainers, folders one level off, devices that are not there."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch._inductor.config
+from conftest import refusal
+
+import train
+from tinydb import cli
+from tinydb.class_images import plain_noun
+from tinydb.cli import choose_device
+
+
+@pytest.fixture
+def refused(command):
+    """A whole script that must end with code 2 and one line: refused(script, *arguments) -> the line."""
+    def run(script: str, *arguments: object) -> str:
+        code, out, error = command(script, *map(str, arguments))
+        assert code == 2 and out == "" and error.count("\n") == 1 and error.startswith(f"{script}: "), error
+        return error
+    return run
+
+
+@pytest.mark.parametrize("noun, plain", [
+    ("a dog", "dog"), ("an  Airedale terrier", "Airedale terrier"), ("a photo of a dog", "dog"), ("dog", "dog"),
+    ("my the dog", "dog"), (" antique vase ", "antique vase"), ("image of THE cat", "cat"), ("theatre", "theatre"),
+])
+def test_the_class_is_a_plain_noun(noun, plain):
+    assert plain_noun(noun, "ohwx") == plain
+
+
+@pytest.mark.parametrize("noun, identifier, word", [
+    ("sks dog", "ohwx", "sks"), ("a photo of ohwx dog", "ohwx", "ohwx"), ("[V] dog", "ohwx", "[v]"),
+    ("Rexy dog", "rexy", "rexy"), ("dog", "sks dog", "dog"), ("dog", "[V]", "[V]"), ("dog", " ", "--identifier"),
+])
+def test_the_class_holds_no_word_for_the_subject(noun, identifier, word):
+    assert word in refusal(plain_noun, noun, identifier)
+
+
+@pytest.mark.parametrize("script, given, words", [
+    ("train.py", ["--instance_data_dir", "x"], ["--instance_data_dir", "--images: folder"]),
+    ("train.py", ["--instance_prompt=a photo of sks dog"], ["'--instance_prompt'", "--class: what it is"]),
+    ("train.py", ["--max_train_steps", "400"], ["--steps"]), ("train.py", ["--learning_rate", "1e-6"], ["--lr: "]),
+    ("train.py", ["--output_dir", "x"], ["--out: "]), ("train.py", ["--train_batch_size", "1"], ["--batch: "]),
+    ("train.py", ["--pretrained_model_name_or_path", "x"], ["--weights: "]),
+    ("train.py", ["--with_prior_preservation"], ["--prior-weight: "]), ("train.py", ["--clas", "dog"], ["--class: "]),
+    ("train.py", ["--class_images", "5"], ["--class-images: "]), ("train.py", ["--zzz"], ["--zzz", "--help"]),
+    ("train.py", ["--resume", "latest"], ["'latest' belongs to no option"]),
+    ("train.py", ["--class-images", "0"], ["--class-images 0", "--prior-weight 0"]),
+    ("sample.py", ["--prompt", "a dog"], ["'--prompt'", "prompt, without a flag"]),
+    ("sample.py", ["a dog", "--cfg_scale", "7"], ["--guidance: "]),
+    ("sample.py", ["a dog", "--num_inference_steps=9"], ["--steps: "]),
+    ("convert_weights.py", ["--checkpoint_path", "a", "--dump_path", "b"], ["src, without a flag"]),
+], ids=str)
+def test_options_of_other_programs_get_a_hint_of_ours(refused, script, given, words):
+    error = refused(script, *given)
+    assert [word for word in words if word not in error] == [], error
+
+
+def test_options_of_other_programs_in_a_file(refused, tmp_path):
+    (tmp_path / "a.json").write_text('{"instance_data_dir": "x"}')
+    assert "--images: folder" in refused("train.py", "--config", "a.json")
+
+
+def test_home_in_quotes(command, nano, photos, tmp_path, monkeypatch):
+    """A shell leaves ~ as it is in quotes, behind "=", and in a file."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    shutil.copytree(photos, tmp_path / "home" / "photos")
+    (tmp_path / "a.json").write_text(json.dumps({"out": "~/run", "weights": str(nano), "class": "dog"}))
+    code, _, error = command("train.py", "--images=~/photos", "--config=a.json", "--device=cpu", "--prior-weight=0")
+    assert code == 0 and (tmp_path / "home" / "run" / "model").is_dir(), error
+    code, out, _ = command("sample.py", "a ~/dog", "--weights=~/run/model", "--out=~/dog.png", "-n1", "--device=cpu")
+    assert code == 0 and out == f"{tmp_path}/home/dog.png\n"
+
+
+@pytest.mark.parametrize("inside", [["10_sks dog/1.png"], ["day/1.png", "night/2.png"]], ids=str)
+def test_photographs_in_subfolders_are_named(refused, nano, photos, tmp_path, inside):
+    for name in inside:
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        shutil.copy(photos / "1.png", tmp_path / "in" / name)
+    error = refused("train.py", "--images=in", "--class=dog", f"--weights={nano}", "--device=cpu")
+    assert "no picture in it" in error
+    assert [name for name in inside if f"--images in/{Path(name).parent}" not in error] == [], error
+
+
+@pytest.mark.parametrize("name", ["hpu", "meta", "privateuseone", "nonsense", "cuda:99", "", "CPU", "cpu;0", "cpu:-2"])
+def test_devices_that_are_not_there(name):
+    assert f"--device {name!r}" in refusal(choose_device, name)
+
+
+def broken(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+    """A compiler that fails."""
+    raise OSError("no triton here")
+
+
+@pytest.mark.parametrize("backend, reason", [("inductor", "No working C++ compiler"), (broken, "no triton here")],
+                         ids=["inductor", "broken"])
+def test_compile_without_a_compiler(monkeypatch, capsys, backend, reason):
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/g++"))
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as end:
+        cli.run(lambda settings: torch.compile(torch.sin, backend=backend)(torch.ones(2)), train.Settings, "",
+                out_of_memory="")
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("train.py: --compile: ") and error.count("\n") == 1, error
+    assert reason in error and "leave it out" in error

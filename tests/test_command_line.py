@@ -101,9 +101,8 @@ def broken(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
 @pytest.mark.parametrize("backend, reason", [("inductor", "No working C++ compiler"), (broken, "no triton here")],
                          ids=["inductor", "broken"])
 def test_compile_without_a_compiler(monkeypatch, capsys, backend, reason):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/g++"))
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as end, torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/g++")}):
         cli.run(lambda settings: torch.compile(torch.sin, backend=backend)(torch.ones(2)), train.Settings, "",
                 out_of_memory="")
     error = capsys.readouterr().err

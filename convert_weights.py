@@ -436,7 +436,7 @@ def main(settings: Settings):
     print(f"writing {size / 1e9:.2f} GB to {dst}", flush=True)
     with written_whole(dst) as temporary:
         if dst.suffix == ".safetensors":
-            save_tensors(to_single_file(models), temporary, dtype, tinydb=pack(sd))
+            save_tensors(to_single_file(models), temporary, dtype, format="pt", tinydb=pack(sd))
         else:
             sd.write(temporary, dtype)
     print(f"{dst}: written, {size / 1e9:.2f} GB")

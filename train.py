@@ -39,6 +39,7 @@ from tinydb.clip import EncoderLayer
 from tinydb.config import Checked, InputError, Recipe, read_json, require, write_json
 from tinydb.data import Batch, Latents, no_picture_in, random_batch, read_pictures
 from tinydb.layers import ResnetBlock2D
+from tinydb.lora import LORA_FILE, attach, save_lora
 from tinydb.pictures import pictures_digest
 from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, load
 from tinydb.report import sample_command
@@ -69,6 +70,8 @@ class Settings(Checked):
     batch: int | None = option(None, "your pictures a micro-step, and as many of the class (default: recipe)", least=1)
     accumulate: int = option(1, "micro-steps per step: a larger batch in the same memory", least=1)
     freeze_text: bool = option(False, "train the UNet alone: less memory, a little less likeness")
+    lora: int | None = option(None, "leave the model as it is, and learn low-rank updates of this rank beside it: far "
+                                    "less memory; the result is a file of a few MB", metavar="RANK", least=1)
     lr: float | None = option(None, "learning rate (default: recipe)", above=0)
     lr_text: float | None = option(None, "of the text encoder (default: recipe, in proportion to --lr)", above=0)
     prior_weight: float = option(1.0, "weight of the class pictures' loss; 0 does without them", least=0)
@@ -95,7 +98,8 @@ class Settings(Checked):
         require(bool(self.class_noun.strip()), "--class is missing; expected what your subject is, such as dog")
         require(self.log is None or find_spec(self.log) is not None,
                 f"--log {self.log}: not installed; run `pip install {self.log}`")
-        lr = (recipe.lr_freeze_text if self.freeze_text else recipe.lr) if self.lr is None else self.lr
+        usual = recipe.lr_lora if self.lora else recipe.lr_freeze_text if self.freeze_text else recipe.lr
+        lr = usual if self.lr is None else self.lr
         lr_text = recipe.lr_text * (lr / recipe.lr) if self.lr_text is None else self.lr_text
         return replace(
             self, lr=lr, lr_text=None if self.freeze_text else lr_text,
@@ -125,10 +129,11 @@ class DreamBoothLoss(nn.Module):
     `prompts` holds one prompt for each set of pictures in a batch: instance, and class where there is a prior.
     """
 
-    def __init__(self, sd: StableDiffusion, prompts: list[str], freeze_text: bool):
+    def __init__(self, sd: StableDiffusion, prompts: list[str], freeze_text: bool, lora: nn.ModuleDict | None = None):
         super().__init__()
-        self.unet = sd.unet.requires_grad_(True)
-        self.text_encoder = sd.text_encoder.requires_grad_(not freeze_text)
+        self.unet = sd.unet.requires_grad_(lora is None)
+        self.text_encoder = sd.text_encoder.requires_grad_(lora is None and not freeze_text)
+        self.lora = lora  # the updates in their layers, which are trained instead
         self.schedule = sd.schedule
         self.register_buffer("prompt_ids", sd.tokenizer.encode(prompts).to(sd.device), persistent=False)
 
@@ -185,11 +190,15 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return groups
 
 
-def save_checkpoint(folder: Path, sd: StableDiffusion, weights: Path, groups: dict[str, dict[str, Tensor]],
-                    state: dict[str, object]) -> None:
-    """A model folder to sample from, and named groups of tensors and a few numbers to resume; whole or not at all."""
+def save_checkpoint(folder: Path, sd: StableDiffusion, weights: Path, lora: nn.ModuleDict | None,
+                    groups: dict[str, dict[str, Tensor]], state: dict[str, object]) -> None:
+    """A model folder to sample from, or the updates of one; and named groups of tensors and a few numbers to resume.
+    Whole or not at all."""
     with written_whole(folder) as path:
-        sd.write(path, torch.float32, vae_from=weights)
+        if lora:
+            save_lora(lora, path / LORA_FILE, sd.info)
+        else:
+            sd.write(path, torch.float32, vae_from=weights)
         tensors = {f"{kind}.{name}": tensor for kind, group in groups.items() for name, tensor in group.items()}
         save_tensors(tensors, path / "state.safetensors")
         write_json(path / "state.json", state)
@@ -198,8 +207,8 @@ def save_checkpoint(folder: Path, sd: StableDiffusion, weights: Path, groups: di
 def load_checkpoint(folder: Path, model: DreamBoothLoss, optimizer: torch.optim.Optimizer) -> None:
     """Put weights and the optimizer's tensors back; InputError if any tensor is missing."""
     parameters = dict(model.named_parameters())
-    for part in ("unet", "text_encoder"):
-        path = folder / part / WEIGHT_FILES[part]
+    files = {part: folder / part / WEIGHT_FILES[part] for part in ("unet", "text_encoder")}
+    for part, path in ({"lora": folder / LORA_FILE} if model.lora else files).items():
         stored = read_tensors(path)
         own = getattr(model, part).state_dict()
         check_tensors(stored, {name: tensor.shape for name, tensor in own.items()}, path)
@@ -286,14 +295,20 @@ def main(settings: Settings) -> None:
     sd.vae.to("cpu")  # every picture is encoded now; previews bring it back for a moment
 
     # The loss as one module, and its optimizer.
-    model = DreamBoothLoss(sd, prompts[: len(sets)], settings.freeze_text).to(memory_format=torch.channels_last)
+    learnt = {"unet": sd.unet} if settings.freeze_text else {"unet": sd.unet, "text_encoder": sd.text_encoder}
+    lora = None
+    if settings.lora:
+        generator, lora = torch.Generator().manual_seed(settings.seed), nn.ModuleDict()
+        for part, module in learnt.items():  # a part that stays as it is needs no fp32
+            learnt[part] = attach(part, module.to(dtype), settings.lora, generator).to(device)
+            lora.update(learnt[part])
+    model = DreamBoothLoss(sd, prompts[: len(sets)], settings.freeze_text, lora).to(memory_format=torch.channels_last)
     if settings.recompute:
         recompute_activations(model)
     if settings.compile:
         sd.unet.compile()
-    param_groups = [{"params": list(sd.unet.parameters()), "lr": settings.lr}]
-    if not settings.freeze_text:
-        param_groups.append({"params": list(sd.text_encoder.parameters()), "lr": settings.lr_text})
+    rates = {"unet": settings.lr, "text_encoder": settings.lr_text}
+    param_groups = [{"params": list(module.parameters()), "lr": rates[part]} for part, module in learnt.items()]
     trained = [parameter for group in param_groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(param_groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -369,7 +384,7 @@ def main(settings: Settings) -> None:
             if asked_to_stop or (due and settings.save_every > 0):  # last, so that whatever it knows of is there
                 sd.info = replace(sd.info, step=done)
                 state["scaler"] = scaler.state_dict()
-                save_checkpoint(run.checkpoint(done), sd, weights, optimizer_tensors(model, optimizer), state)
+                save_checkpoint(run.checkpoint(done), sd, weights, lora, optimizer_tensors(model, optimizer), state)
                 run.drop_checkpoints(settings.keep, state["best_step"])
             if previewing or due or asked_to_stop:
                 run.report()
@@ -382,13 +397,18 @@ def main(settings: Settings) -> None:
 
     if rank == 0:
         sd.info = replace(sd.info, step=state["step"])
-        sd.save(run.out / "model", vae_from=weights)
+        result = run.out / (LORA_FILE if lora else "model")
+        if lora:
+            save_lora(lora, result, sd.info)
+        else:
+            sd.save(result, vae_from=weights)
         run.report()
-        print(f"\n{run.out / 'model'} knows your {settings.class_noun} as {PLACEHOLDER}. Try:\n\n"
-              f"    {sample_command(run.out / 'model', settings.class_noun)}\n")
+        print(f"\n{result} knows your {settings.class_noun} as {PLACEHOLDER}. Try:\n\n"
+              f"    {sample_command(result, settings.class_noun)}\n")
         if state["best_step"] not in (None, settings.steps):
+            best = run.checkpoint(state["best_step"])
             print(f"The validation loss was lowest at step {state['best_step']}:\n\n"
-                  f"    {sample_command(run.checkpoint(state['best_step']), settings.class_noun)}\n")
+                  f"    {sample_command(best / LORA_FILE if lora else best, settings.class_noun)}\n")
     if world_size > 1:
         dist.destroy_process_group()
 

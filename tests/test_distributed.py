@@ -93,13 +93,15 @@ def test_stop_of_any_rank_stops_all(line, tmp_path, asked):
     assert not (out / "model").exists() and "--resume" in runs[0].message.split("\n")[-1]
 
 
-def test_resumed_ranks_end_in_the_same_bytes(line, tmp_path):
-    settings = {"accumulate": 2, "sample_every": 1}
+@pytest.mark.parametrize("more", [{"sample_every": 1}, {"lora": 2, "recompute": True}], ids=str)
+def test_resumed_ranks_end_in_the_same_bytes(line, tmp_path, more):
+    settings = {"accumulate": 2, **more}
     for steps, resume in ((2, []), (4, ["--resume"])):
         succeed(start_ranks(2, tmp_path / "log", *line("out", steps=steps, **settings), *resume))
     succeed(start_ranks(2, tmp_path / "log", *line("whole", steps=4, **settings)))
     for folder in ("model", "checkpoints/step-000004"):
         assert files(tmp_path / "out" / folder) == files(tmp_path / "whole" / folder)
+    assert (tmp_path / "out" / ("lora.safetensors" if "lora" in more else "model")).exists()
 
 
 def test_stop_while_class_images_are_made(line, tmp_path):

@@ -15,6 +15,7 @@ from tinydb.cli import option
 from tinydb.config import (Checked, ModelInfo, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, read_json,
                            require, write_json)
 from tinydb.diffusion import SAMPLERS, FreshNoise, NoiseSchedule, guided, sample, sampler_timesteps
+from tinydb.lora import merge_lora
 from tinydb.pictures import to_images, to_pixels
 from tinydb.storage import WEIGHT_FILES, build_model, read_tensors, save_tensors, written_whole
 from tinydb.tokenizer import PLACEHOLDER, CLIPTokenizer
@@ -202,6 +203,13 @@ class StableDiffusion:
         for model in (self.text_encoder, self.unet, self.vae):
             model.to(device)
         return self
+
+    def add_lora(self, file: str | Path, scale: float = 1.0) -> None:
+        """Add the low-rank updates in a LoRA file, `scale` times; several add up. [V] is then what the last one was
+        taught, where it says so. Raises InputError, one line, for a file that does not fit this model."""
+        about = merge_lora({"text_encoder": self.text_encoder, "unet": self.unet}, Path(file), scale)
+        if about.get("class"):
+            self.info = replace(self.info, identifier=about.get("identifier"), class_noun=about["class"])
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = torch.float32, vae_from: Path | None = None) -> None:
         """Write the model folder, which diffusers opens as well; it appears whole or not at all.

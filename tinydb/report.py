@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from tinydb.config import read_json
+from tinydb.lora import LORA_FILE
 from tinydb.storage import written_whole
 from tinydb.tokenizer import PLACEHOLDER
 
@@ -50,7 +51,8 @@ def write_report(out: Path) -> None:
     """
     config, metrics = read_json(out / "config.json"), read_metrics(out / "metrics.jsonl")
     steps, done = config["steps"], metrics[-1]["step"] if metrics else 0
-    finished = done == steps and (out / "model").exists()
+    result = out / (LORA_FILE if config.get("lora") else "model")
+    finished = done == steps and result.exists()
     subject = escape(f"a photo of {config['identifier']} {config['class_noun']}")
     state = f"Step {done} of {steps}, {'finished' if finished else 'not finished yet'}"
     page = f"""<!DOCTYPE html>
@@ -63,7 +65,7 @@ def write_report(out: Path) -> None:
 <p>{state}</p>
 <progress value="{done}" max="{steps}"></progress>
 <h2>Try it</h2>
-{command(out, config["class_noun"], finished)}
+{command(out, config["class_noun"], result, finished)}
 <h2>What the model sees</h2>
 {picture(out / "inputs.png", "The pictures of the subject")}
 <p class="note">{escape(parameters(out / "inputs.png"))}</p>
@@ -85,18 +87,19 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def sample_command(weights: Path, class_noun: str) -> str:
-    """The line for a shell that draws the subject with a model folder."""
-    return f"python sample.py {quote(f'{PLACEHOLDER} {class_noun} on the moon')} --weights {quote(weights.as_posix())}"
+def sample_command(model: Path, class_noun: str) -> str:
+    """The line for a shell that draws the subject with a model folder, or with a LoRA file."""
+    prompt = quote(f"{PLACEHOLDER} {class_noun} on the moon")
+    return f"python sample.py {prompt} {'--lora' if model.name == LORA_FILE else '--weights'} {quote(model.as_posix())}"
 
 
-def command(out: Path, class_noun: str, finished: bool) -> str:
+def command(out: Path, class_noun: str, result: Path, finished: bool) -> str:
     """How to sample from the result or, as long as there is none, from the newest checkpoint."""
-    checkpoints = (out / "checkpoints").glob("step-*")
-    saved = [out / "model"] if finished else sorted(path for path in checkpoints if path.name[5:].isdecimal())
-    if not saved:
+    checkpoints = sorted(path for path in (out / "checkpoints").glob("step-*") if path.name[5:].isdecimal())
+    if not finished and not checkpoints:
         return '<p class="note">Nothing is saved yet.</p>'
-    path = "OUT" / saved[-1].relative_to(out) if out.is_absolute() else saved[-1]
+    path = result if finished else checkpoints[-1] / LORA_FILE if result.name == LORA_FILE else checkpoints[-1]
+    path = "OUT" / path.relative_to(out) if out.is_absolute() else path
     remark = '<p class="note">OUT is the folder of this page.</p>' if out.is_absolute() else ""
     return f"<code>{escape(sample_command(path, class_noun))}</code>{remark}"
 

@@ -21,6 +21,7 @@ from PIL import Image
 
 from tinydb.cli import Stopped, extra
 from tinydb.config import read_json, require, write_json
+from tinydb.lora import LORA_FILE
 from tinydb.pictures import grid, save_png
 from tinydb.pipeline import StableDiffusion
 from tinydb.report import write_report
@@ -60,6 +61,11 @@ class Run:
     def __init__(self, out: Path):
         self.out = out
 
+    @property
+    def finished(self) -> bool:
+        """Whether a result is there: a model folder, or low-rank updates."""
+        return (self.out / "model").exists() or (self.out / LORA_FILE).exists()
+
     # ---------------------------------------------------------------------------------------- whose it is
 
     def claim(self, settings: Any, facts: dict[str, Any]) -> None:
@@ -82,10 +88,10 @@ class Run:
             done = self.step_of(saved[-1]) if saved else 0
             require(done <= settings.steps,
                     f"--steps {settings.steps}: the run in {self.out} is at step {done} already; give more")
-            require(done > 0 or not (self.out / "model").exists(),
+            require(done > 0 or not self.finished,
                     f"--resume: the run in {self.out} is finished and kept no checkpoint; give another --out")
         else:
-            require(not saved and not (self.out / "model").exists(),
+            require(not saved and not self.finished,
                     f"{self.out} holds a run; continue it with --resume, or give this one a folder with --out")
         noted = {f.name: getattr(settings, f.name) for f in fields(settings) if f.metadata.get("noted", True)}
         with written_whole(config) as temporary:

@@ -121,11 +121,12 @@ def check_tensors(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], sou
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None = None, **metadata: str) -> None:
-    """Write tensors in row-major order, whatever their device and layout in memory, and `metadata` beside them."""
+    """Write tensors in row-major order, whatever their device and layout in memory, and `metadata` beside them: one
+    entry, since safetensors writes several in any order."""
     contiguous = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     path.touch()
     mode = path.stat().st_mode
-    save_file(contiguous, path, metadata={"format": "pt", **metadata})  # older transformers refuse one without "format"
+    save_file(contiguous, path, metadata=metadata or {"format": "pt"})  # without which older transformers refuse it
     path.chmod(mode)  # safetensors leaves files that no other user may read
 
 

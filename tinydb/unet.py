@@ -85,28 +85,35 @@ class BasicTransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
+class PixelLinear(nn.Conv2d):
+    """A linear layer over the channels of each pixel, whose weight is that of a 1x1 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True):
+        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H * W, C_in) -> (B, H * W, C_out): the same product as the convolution's, and faster."""
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
 class Transformer2DModel(nn.Module):
-    """A transformer block over the pixels of a feature map. SD 1.x stores its projections as 1x1 convolutions, SD 2.x
-    as linear layers: the same product, and it is faster as a matrix product."""
+    """A transformer block over the pixels of a feature map, between two linear layers, which SD 1.x stores as 1x1
+    convolutions."""
 
     def __init__(self, channels: int, heads: int, config: UNetConfig):
         super().__init__()
         self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)  # 1e-5 everywhere else in the UNet
-        if config.use_linear_projection:
-            self.proj_in, self.proj_out = nn.Linear(channels, channels), nn.Linear(channels, channels)
-        else:
-            self.proj_in, self.proj_out = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
+        projection = nn.Linear if config.use_linear_projection else PixelLinear
+        self.proj_in, self.proj_out = projection(channels, channels), projection(channels, channels)
         self.transformer_blocks = nn.ModuleList(
             [BasicTransformerBlock(channels, config.cross_attention_dim, heads, config.upcast_attention)])
 
     def forward(self, x: Tensor, text_embeds: Tensor) -> Tensor:
         """x (B, C, H, W), text_embeds (B, T, C_text) -> (B, C, H, W)."""
-        h = self.norm(x).flatten(2).transpose(1, 2)  # (B, H * W, C)
-        h = F.linear(h, self.proj_in.weight.flatten(1), self.proj_in.bias)
+        h = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, H * W, C)
         for block in self.transformer_blocks:
             h = block(h, text_embeds)
-        h = F.linear(h, self.proj_out.weight.flatten(1), self.proj_out.bias)
-        return x + h.transpose(1, 2).unflatten(2, x.shape[-2:])
+        return x + self.proj_out(h).transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
 class DownBlock(nn.Module):

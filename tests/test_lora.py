@@ -1,0 +1,296 @@
+"""Low-rank updates: the mathematics, the files that other programs read and write, and training by train.py."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Pair, difference, files, metrics, names, refusal
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import tinydb
+from convert_weights import SD1
+from tinydb.clip import CLIPTextModel
+from tinydb.config import ModelInfo
+from tinydb.lora import attach, save_lora
+from tinydb.pipeline import StableDiffusion
+
+LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+def random_updates(sd: StableDiffusion, rank: int = 3, alpha: float = 2.0) -> nn.ModuleDict:
+    """Updates of every layer that change what the model draws."""
+    generator, updates = torch.Generator().manual_seed(7), nn.ModuleDict()
+    for part, model in (("unet", sd.unet), ("text_encoder", sd.text_encoder)):
+        updates.update(attach(part, model, rank, generator))
+    for update in updates.values():
+        nn.init.normal_(update.lora_up.weight, std=0.1, generator=generator)
+        update.alpha.fill_(alpha)
+    return updates
+
+
+@pytest.fixture
+def lora_of(tmp_path) -> Callable[..., Path]:
+    """lora_of(pair, **options): a LoRA file for a model."""
+    def make(pair: Pair, name: str = "some.safetensors", **options: float) -> Path:
+        updates = random_updates(tinydb.load(pair.folder), **options)
+        save_lora(updates, tmp_path / name, ModelInfo("zwx", "cat", 5, {"name": "a base"}))
+        return tmp_path / name
+    return make
+
+
+def weights_of(sd: StableDiffusion) -> dict[str, Tensor]:
+    return {f"{part}.{name}": tensor for part in ("unet", "text_encoder")
+            for name, tensor in getattr(sd, part).state_dict().items()}
+
+
+def merged(folder: Path, *loras: tuple[Path, float]) -> StableDiffusion:
+    sd = tinydb.load(folder)
+    for file, scale in loras:
+        sd.add_lora(file, scale)
+    return sd
+
+
+def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------ the mathematics
+
+
+def test_beside_the_weight_as_in_it(pair, tmp_path):
+    """W x + B A x while it is trained is (W + B A) x when it is drawn with."""
+    beside, inputs = tinydb.load(pair.folder), ["a photo of ohwx dog"]
+    updates = random_updates(beside, rank=3, alpha=3.0)
+    keys = beside.unet.state_dict().keys()
+    save_lora(updates, tmp_path / "some.safetensors", ModelInfo())
+    within = merged(pair.folder, (tmp_path / "some.safetensors", 1.0))
+    assert keys == within.unet.state_dict().keys()  # a base with updates is saved and loaded as ever
+    channels = pair.config.unet.in_channels
+    latents, timesteps = torch.randn(1, channels, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500])
+    with torch.no_grad():
+        ours, expected, base = (sd.unet(latents, timesteps, sd.encode_prompt(inputs))
+                                for sd in (beside, within, tinydb.load(pair.folder)))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - base).abs().max() > 0.05
+
+
+def test_several_add_up_and_are_scaled(pairs, lora_of):
+    pair = pairs("sd1")
+    base, one = weights_of(tinydb.load(pair.folder)), lora_of(pair)
+    other = lora_of(pair, "other.safetensors", rank=2, alpha=1.0)
+    both, *each = (weights_of(merged(pair.folder, *loras)) for loras in (
+        [(one, 0.8), (other, -0.5)], [(one, 1.0)], [(other, 1.0)]))
+    assert_close(both, {name: weight + 0.8 * (each[0][name] - weight) - 0.5 * (each[1][name] - weight)
+                        for name, weight in base.items()})
+    changed = [name for name in base if not torch.equal(base[name], both[name])]
+    assert len(changed) == len(load_file(one)) / 3  # a down, an up and an alpha for each
+
+
+def test_model_takes_over_what_the_file_was_taught(pairs, lora_of):
+    info = merged(pairs("sd1").folder, (lora_of(pairs("sd1")), 1.0)).info
+    assert (info.identifier, info.class_noun) == ("zwx", "cat")
+
+
+# ------------------------------------------------------------------------------------ files of other programs
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.6])
+def test_diffusers_draws_the_same_picture(pair, lora_of, scale):
+    file = lora_of(pair)
+    pipeline = StableDiffusionPipeline.from_pretrained(pair.folder)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = torch.randn(1, pair.config.unet.in_channels, 8, 8, generator=torch.Generator().manual_seed(1))
+    settings = {"guidance_scale": 3.0, "latents": latents}
+    theirs = {"num_inference_steps": 5, "cross_attention_kwargs": {"scale": scale}, **settings}
+    plain = pipeline("a photo of ohwx dog", num_inference_steps=5, **settings).images
+    pipeline.load_lora_weights(file)
+    expected = pipeline("a photo of ohwx dog", **theirs).images
+    images = merged(pair.folder, (file, scale)).generate("a photo of ohwx dog", steps=5, **settings)
+    assert difference(images, expected) <= 2 and difference(images, plain) > 10
+
+
+def kohya_names(model: nn.Module, prefix: str, blocks: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """The layers that kohya's trainer adapts in diffusers' or transformers' own models (networks/lora.py): linear
+    layers and 1x1 convolutions in modules of these classes; the names are also those of ComfyUI (comfy/lora.py)."""
+    found = {}
+    for name, block in model.named_modules():
+        if type(block).__name__ in blocks:
+            for child_name, child in block.named_modules():
+                if isinstance(child, nn.Linear) or (isinstance(child, nn.Conv2d) and child.kernel_size == (1, 1)):
+                    found[f"{prefix}.{name}.{child_name}".replace(".", "_")] = child.weight.shape
+    return found
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2", "tiny"])
+def test_names_and_shapes_are_those_of_kohya(pairs, lora_of, kind):
+    reference = pairs(kind).reference
+    expected = kohya_names(reference.unet, "lora_unet", ("Transformer2DModel",))
+    text = kohya_names(reference.text_encoder, "lora_te", ("CLIPAttention", "CLIPMLP"))
+    expected |= {name.replace("lora_te_encoder", "lora_te_text_model_encoder"): shape for name, shape in text.items()}
+    tensors = load_file(lora_of(pairs(kind), rank=3, alpha=3.0))
+    assert {name.split(".")[0] for name in tensors} == expected.keys()
+    for name, (out_channels, in_channels, *kernel) in expected.items():
+        assert tensors[f"{name}.lora_down.weight"].shape == (3, in_channels, *kernel)
+        assert tensors[f"{name}.lora_up.weight"].shape == (out_channels, 3, *kernel)
+        assert tensors[f"{name}.alpha"].item() == 3 and tensors[f"{name}.alpha"].shape == ()
+    assert len(tensors) == 3 * len(expected)
+
+
+def test_layers_of_stable_diffusion_1():
+    """192 of the UNet and 72 of the text encoder, as kohya counts them."""
+    with torch.device("meta"):
+        unet, text_encoder = tinydb.pipeline.UNet2DConditionModel(SD1.unet), CLIPTextModel(SD1.text_encoder)
+        reference = UNet2DConditionModel.from_config(SD1.unet.to_dict())
+    ours = tinydb.lora.adapted_layers("unet", unet)
+    assert ours.keys() == kohya_names(reference, "lora_unet", ("Transformer2DModel",)).keys() and len(ours) == 192
+    assert len(tinydb.lora.adapted_layers("text_encoder", text_encoder)) == 72
+
+
+def of_diffusers(form: str, tensors: dict[str, Tensor], sd: StableDiffusion) -> dict[str, Tensor]:
+    """A file of ours, with alpha as r, under the names of diffusers."""
+    paths = {tinydb.lora.name_in_file(part, name): f"{part}.{name}" for part in ("unet", "text_encoder")
+             for name, _ in getattr(sd, part).named_modules()}
+    renamed = {}
+    for name, tensor in tensors.items():
+        layer, kind = name.split(".", 1)
+        path, is_up = paths[layer], "up" in kind
+        if kind == "alpha":
+            continue
+        if form == "peft":
+            new = f"{path}.lora_{'B' if is_up else 'A'}.weight"
+        elif form == "transformers 5":
+            new = f"{path.replace('text_encoder.text_model', 'text_encoder')}.lora_{'B' if is_up else 'A'}.weight"
+        elif form == "processor" and ".attn" in path:
+            module, _, last = path.removesuffix(".0").rpartition(".")
+            new = f"{module}.processor.{last}_lora.{'up' if is_up else 'down'}.weight"
+        else:
+            middle = "lora" if path.startswith("unet") else "lora_linear_layer"
+            new = f"{path}.{middle}.{'up' if is_up else 'down'}.weight"
+        renamed[new] = tensor
+    return renamed
+
+
+@pytest.mark.parametrize("form", ["no alpha", "peft", "transformers 5", "processor", "older"])
+def test_other_forms_mean_the_same(pairs, lora_of, tmp_path, form):
+    pair = pairs("sd1")
+    file = lora_of(pair, rank=2, alpha=2.0)
+    tensors = load_file(file)
+    if form == "no alpha":
+        other = {name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}
+    else:
+        other = of_diffusers(form, tensors, pair.sd)
+    save_file(other, tmp_path / "other.safetensors")
+    ours, theirs = (weights_of(merged(pair.folder, (path, 1.0))) for path in (file, tmp_path / "other.safetensors"))
+    assert_close(ours, theirs)
+
+
+def test_alpha_of_diffusers_is_in_its_metadata(pairs, lora_of, tmp_path):
+    pair = pairs("sd1")
+    file = lora_of(pair, rank=2, alpha=2.0)
+    note = json.dumps({"unet.lora_alpha": 4, "text_encoder.lora_alpha": 4, "unet.r": 2})
+    save_file(of_diffusers("peft", load_file(file), pair.sd), tmp_path / "other.safetensors",
+              metadata={"lora_adapter_metadata": note})
+    ours = weights_of(merged(pair.folder, (file, 2.0)))
+    assert_close(ours, weights_of(merged(pair.folder, (tmp_path / "other.safetensors", 1.0))))
+
+
+def test_convolutions_with_a_kernel(pairs, tmp_path):
+    """kohya's "conv_dim", and diffusers' too: A has the kernel, B is 1x1."""
+    pair, name = pairs("sd1"), "lora_unet_down_blocks_0_resnets_0_conv1"
+    before = pair.sd.unet.down_blocks[0].resnets[0].conv1.weight
+    down, up = torch.randn(2, before.shape[1], 3, 3), torch.randn(before.shape[0], 2, 1, 1)
+    save_file({f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}, tmp_path / "conv.safetensors")
+    after = merged(pair.folder, (tmp_path / "conv.safetensors", 1.0)).unet.down_blocks[0].resnets[0].conv1.weight
+    torch.testing.assert_close(after - before, torch.einsum("orab,rihw->oihw", up, down), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tensors, words", [
+    ({f"{LAYER}.hada_w1_a": (2, 2)}, "LyCORIS"),
+    ({f"{LAYER}.lokr_w1": (2, 2)}, "LyCORIS"),
+    ({f"{LAYER}.dora_scale": (64, 1)}, "DoRA"),
+    ({"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": (2, 32)}, "SDXL"),
+    ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": (2, 32)}, "SDXL"),
+    ({"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": (2, 32)}, "Flux"),
+    ({"transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight": (2, 32)}, "Flux"),
+    ({"unet.conv_in.weight": (2, 2)}, "unet.conv_in.weight is no tensor of a LoRA"),
+    ({"lora_unet_nowhere.lora_down.weight": (2, 64), "lora_unet_nowhere.lora_up.weight": (64, 2)}, "no layer"),
+    ({f"{LAYER}.lora_down.weight": (2, 64)}, "lacks"),
+    ({f"{LAYER}.lora_down.weight": (2, 96), f"{LAYER}.lora_up.weight": (64, 2)}, "(64, 64)"),
+    ({f"{LAYER}.lora_down.weight": (2, 64), f"{LAYER}.lora_up.weight": (64, 3)}, "(64, 64)"),
+    ({f"{LAYER}.lora_down.weight": (64,), f"{LAYER}.lora_up.weight": ()}, "(64, 64)"),
+    ({f"{LAYER}.lora_down.weight": (2, 64), f"{LAYER}.lora_up.weight": (64, 2), f"{LAYER}.alpha": (2,)}, "(64, 64)"),
+], ids=str)
+def test_file_that_does_not_fit_is_refused_by_name(pairs, tmp_path, tensors, words):
+    """And changes nothing."""
+    file, sd = tmp_path / "other.safetensors", tinydb.load(pairs("sd1").folder)
+    fitting = {f"lora_unet_mid_block_attentions_0_proj_in.lora_{kind}.weight": torch.ones(shape)
+               for kind, shape in (("down", (1, 64, 1, 1)), ("up", (64, 1, 1, 1)))}
+    save_file(fitting | {name: torch.ones(shape) for name, shape in tensors.items()}, file)
+    text = refusal(sd.add_lora, file)
+    assert words in text and str(file) in text
+    for name, weight in weights_of(sd).items():
+        assert torch.equal(weight, weights_of(pairs("sd1").sd)[name])
+
+
+def test_damaged_file(pairs, lora_of, tmp_path):
+    sd, file = tinydb.load(pairs("sd1").folder), lora_of(pairs("sd1"))
+    tensors = load_file(file)
+    tensors[f"{LAYER}.lora_up.weight"][0, 0] = torch.nan
+    save_file(tensors, tmp_path / "nan.safetensors")
+    assert f"{LAYER}.lora_up.weight holds NaN" in refusal(sd.add_lora, tmp_path / "nan.safetensors")
+    save_file(load_file(file), tmp_path / "note.safetensors", metadata={"tinydb": "[" * 10**5})
+    assert "metadata tinydb" in refusal(sd.add_lora, tmp_path / "note.safetensors")
+    (tmp_path / "half.safetensors").write_bytes(file.read_bytes()[:-100])
+    assert "not a whole safetensors file" in refusal(sd.add_lora, tmp_path / "half.safetensors")
+    assert "no such file" in refusal(sd.add_lora, tmp_path / "nowhere.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def test_what_a_run_writes(teach, nano, tmp_path, capsys):
+    """A small file, and no model; it says what it was taught and what it belongs to, and the command how to use it."""
+    out = teach(tmp_path / "out", lora=2, lr=1e-2, steps=2, sample_every=1)
+    assert "lora.safetensors" in names(out) and "model" not in names(out)
+    assert names(out / "checkpoints" / "step-000002") == ["lora.safetensors", "state.json", "state.safetensors"]
+    assert files(out / "checkpoints" / "step-000002")["lora.safetensors"] == files(out)["lora.safetensors"]
+    command = f"python sample.py '[V] dog on the moon' --lora {out / 'lora.safetensors'}"
+    assert command in capsys.readouterr().out
+    assert "Step 2 of 2, finished" in (out / "report.html").read_text()
+    assert tinydb.lora.read_lora(out / "lora.safetensors")[1] == {
+        "identifier": "ohwx", "class": "dog", "step": 2, "base": {"name": nano.name, "license": "that of this model"}}
+    sd = merged(nano, (out / "lora.safetensors", 1.0))
+    base = weights_of(tinydb.load(nano))
+    moved = {name for name, weight in weights_of(sd).items() if not torch.equal(weight, base[name])}
+    assert {name.partition(".")[0] for name in moved} == {"unet", "text_encoder"}
+    assert len(moved) == len(load_file(out / "lora.safetensors")) / 3
+
+
+def test_what_is_learnt_is_what_the_file_adds(teach, nano, tmp_path):
+    """The loss that the run measured last is that of the base with the file added to it."""
+    out = teach(tmp_path / "out", lora=2, lr=1e-2, steps=3)
+    merged(nano, (out / "lora.safetensors", 1.0)).save(tmp_path / "merged")
+    seen = teach(tmp_path / "seen", weights=str(tmp_path / "merged"), lr=1e-30, steps=1,
+                 class_dir=str(next((out / "class_images").iterdir())))
+    assert metrics(seen)[0]["validation_loss"] == pytest.approx(metrics(out)[-1]["validation_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"precision": "bf16"}, {"precision": "fp16"}], ids=str)
+def test_loss_falls(teach, tmp_path, settings):
+    out = teach(tmp_path / "out", lora=4, lr=1e-2, steps=20, save_every=10, **settings)
+    losses = [line["validation_loss"] for line in metrics(out) if "validation_loss" in line]
+    assert losses == sorted(losses, reverse=True)
+    tensors = load_file(out / "lora.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+def test_frozen_text_encoder_gets_no_updates(teach, tmp_path):
+    out = teach(tmp_path / "out", lora=1, freeze_text=True, steps=1)
+    assert all(name.startswith("lora_unet_") for name in load_file(out / "lora.safetensors"))

@@ -274,16 +274,15 @@ def main(settings: Settings) -> None:
         remarks += prior.bring(Path(settings.class_dir))
 
     # OUT belongs to this run from here on. The first process claims it, the others wait for that.
+    facts = {"world_size": world_size, "device": device.type, "precision": str(dtype),
+             "pictures": pictures_digest([*instance_images.values(), *prior.own]), "model": prior.key}
+    run.compare_processes(settings, facts)
     if rank == 0:
         run.check_disk(sd, settings)
-        run.claim(settings, {"world_size": world_size, "device": device.type, "precision": str(dtype),
-                             "pictures": pictures_digest([*instance_images.values(), *prior.own]), "model": prior.key})
+        run.claim(settings, facts)
         run.save_inputs(instance_images)
         print(*remarks, memory_plan(sd, settings, dtype), sep="\n", file=sys.stderr)
-    if world_size > 1:
-        dist.barrier()
-        require((run.out / "config.json").exists(),
-                f"{run.out} is not visible to process {rank}; put it on a shared disk")
+    run.wait_for_claim(rank)
 
     # The class pictures: what the model now draws for the class, to hold it to that.
     stop, image_sets = StopSignal(rank), [list(instance_images.values())]
@@ -315,9 +314,10 @@ def main(settings: Settings) -> None:
     set_weights = torch.tensor([1.0, settings.prior_weight][: len(sets)], device=device)
 
     # Where we are: at step 0, or at the newest checkpoint.
-    state = {"step": 0, "best_step": None, "best_loss": None, "scaler": scaler.state_dict()}
+    state = {"step": 0, "best_step": None, "best_loss": None, "scaler": scaler.state_dict(),
+             "class_images": pictures_digest(sum(image_sets[1:], []))}
     if settings.resume and run.checkpoints():
-        state = run.read_state(run.checkpoints()[-1])
+        state = run.read_state(run.checkpoints()[-1], state)
         load_checkpoint(run.checkpoints()[-1], model, optimizer)
         scaler.load_state_dict(state["scaler"])
     parallel = model

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -23,6 +23,7 @@ import torch._dynamo  # noqa: F401, which the first step of an optimizer imports
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import sample  # noqa: F401
+import tinydb.data
 import tinydb.storage
 import train  # noqa: F401
 
@@ -97,16 +98,17 @@ def start(output: Path, script: str, *argv: str, environment: dict[str, str] = {
     return Script(process, output)
 
 
-def start_ranks(world: int, output: Path, *argv: str, prepare: Callable[[], None] = nothing) -> list[Script]:
-    """train.py as torchrun starts it, once for each rank."""
+def start_ranks(world: int, output: Path, *argv: str, others: Sequence[str] = (),
+                prepare: Callable[[], None] = nothing) -> list[Script]:
+    """train.py as torchrun starts it, once for each rank; all but the first also have the arguments `others`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     size = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     ranks = [{**size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(i), "LOCAL_RANK": str(i)}
              for i in range(world)]
-    return [start(output / rank["RANK"], "train.py", *argv, environment=rank, prepare=prepare)
-            for rank in ranks]
+    return [start(output / rank["RANK"], "train.py", *argv, *(others if i else ()), environment=rank, prepare=prepare)
+            for i, rank in enumerate(ranks)]
 
 
 def limit_file_size(limit: int) -> None:
@@ -139,3 +141,10 @@ def slow_disk(rank: str, seconds: float) -> None:
     """One rank waits that long for each file to be on the disk."""
     if os.environ["RANK"] == rank:
         os.fsync = lambda descriptor: time.sleep(seconds)
+
+
+def turn_pictures(rank: str) -> None:
+    """One rank finds other pictures than the rest, as on a disk of its own."""
+    if os.environ["RANK"] == rank:
+        fit = tinydb.data.fit
+        tinydb.data.fit = lambda image, size: fit(image, size).rotate(180)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, files, metrics, names
-from processes import Script, arguments, slow_disk, start, start_ranks
+from processes import Script, arguments, slow_disk, start, start_ranks, turn_pictures
 from safetensors.torch import load_file
 
 STATE = "state.safetensors"
@@ -142,6 +142,18 @@ def test_bad_input_ends_all_ranks(line, tmp_path):
         assert runs[0].wait() == 2 and words in runs[0].message and runs[1].wait() != 0
         assert "Traceback" not in runs[0].stderr + runs[1].stderr
     assert not (tmp_path / "out").exists() and names(tmp_path / "taken") == ["notes.txt"]
+
+
+@pytest.mark.parametrize("name, others", [
+    ("steps", {"steps": 7}), ("resume", {"resume": True}), ("lr_text", {"lr_text": 1e-4}), ("pictures", {}),
+])
+def test_ranks_that_were_started_differently_end_at_once(line, tmp_path, name, others):
+    """All of them, with the name of what differs; otherwise they hang, or train on different things."""
+    runs = start_ranks(2, tmp_path / "log", *line("out", steps=5), others=arguments(**others),
+                       prepare=partial(turn_pictures, "1" if name == "pictures" else "none"))
+    assert finish(runs) == [2, 2]
+    assert all(f"process 1 has {name} " in run.message for run in runs)
+    assert not (tmp_path / "out").exists()
 
 
 def test_torchrun(line, tmp_path):

@@ -140,6 +140,8 @@ def to_old_format(out: Path) -> None:
     (out / "config.json").write_text(json.dumps(config))
     more = {"lr": 1e-3, "unet_change": 0.1, "text_encoder_change": 0.1}  # of which nothing is logged any more
     (out / "metrics.jsonl").write_text("".join(json.dumps(line | more) + "\n" for line in metrics(out)))
+    for path in out.glob("checkpoints/*/state.json"):
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "class_images"}))
 
 
 def test_old_run_goes_on(teach, begun, whole, tmp_path):
@@ -276,6 +278,27 @@ def test_changed_pictures_are_refused(teach, begun, photos, tmp_path):
     Image.open(images / "0.png").rotate(180).save(images / "0.png")
     text = refused(teach, begun, images=str(images))
     assert f"pictures was {json.loads((begun / 'config.json').read_text())['run']['pictures']!r}" in text
+
+
+@pytest.mark.parametrize("replace", [lambda paths: paths[0].write_bytes(paths[1].read_bytes()),
+                                     lambda paths: Image.open(paths[4]).rotate(180).save(paths[4])],
+                         ids=["copied", "turned"])
+def test_replaced_class_images_are_refused(teach, begun, whole, tmp_path, replace):
+    """One that is merely lost is drawn again, to the same."""
+    out = copied(begun, tmp_path)
+    paths = sorted(out.glob("class_images/*/*.png"))
+    paths[2].unlink()
+    teach(out, save_every=2, resume=True, steps=2)
+    replace(paths)
+    assert "class images are not those" in refusal(teach, out, save_every=2, resume=True)
+
+
+@pytest.mark.parametrize("changes", [{"best_step": "x"}, {"best_loss": [1]}, {"scaler": {"scale": 1}}, {"scaler": None},
+                                     {"step": 10**9}, {"step": None}], ids=str)
+def test_senseless_state_is_refused(teach, begun, tmp_path, changes):
+    out = copied(begun, tmp_path)
+    edit_json(out / "checkpoints" / "step-000002" / "state.json", **changes)
+    assert "state.json: damaged; delete" in refusal(teach, out, save_every=2, resume=True)
 
 
 def test_changed_weights_are_refused(teach, begun, nano, tmp_path):

@@ -68,6 +68,18 @@ class Run:
 
     # ---------------------------------------------------------------------------------------- whose it is
 
+    def compare_processes(self, settings: Any, facts: dict[str, Any]) -> None:
+        """InputError in all processes where one was started differently, or found other facts, than the first: they
+        would wait for one another forever, or train on different things."""
+        if not dist.is_initialized():
+            return
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, asdict(settings) | facts)
+        for rank, theirs in enumerate(everyone):
+            for name, value in everyone[0].items():
+                require(theirs[name] == value, f"process {rank} has {name} {theirs[name]!r}, process 0 {value!r}; start "
+                                               "all of them with the same command, on the same files")
+
     def claim(self, settings: Any, facts: dict[str, Any]) -> None:
         """Make OUT this run's, and note in config.json everything that decides its result: the settings, and under
         "run" the `facts` that are found out only now (digests, the device).
@@ -98,6 +110,13 @@ class Run:
             write_json(temporary, {**noted, "run": facts})
         for leftover in [*self.out.rglob(".*.tmp"), *self.out.rglob(".*.old")]:  # of a run that was killed
             remove(leftover)
+
+    def wait_for_claim(self, rank: int) -> None:
+        """Have the other processes wait for the first one's `claim`; InputError where they do not see it."""
+        if dist.is_initialized():
+            dist.barrier()
+        require((self.out / "config.json").exists(),
+                f"{self.out} is not visible to process {rank}; put it on a shared disk")
 
     def check_same(self, settings: Any, facts: dict[str, Any], before: dict[str, Any]) -> None:
         """InputError that names the one setting or fact in which a resumed run differs from the one `before`. What an
@@ -137,13 +156,20 @@ class Run:
         names = (self.out / "checkpoints").glob("step-*")
         return sorted((path for path in names if re.fullmatch(r"step-\d{6,}", path.name)), key=self.step_of)
 
-    def read_state(self, checkpoint: Path) -> dict[str, Any]:
-        """The few numbers of a checkpoint; InputError where they are not whole."""
+    def read_state(self, checkpoint: Path, now: dict[str, Any]) -> dict[str, Any]:
+        """The state of a checkpoint; InputError where it is not whole, or of other class images than the state `now`
+        (an older run does not say)."""
         state = read_json(checkpoint / "state.json")
-        whole = (state.keys() >= {"step", "best_step", "best_loss", "scaler"} and isinstance(state["scaler"], dict)
-                 and state["step"] == self.step_of(checkpoint))
+        numbers = state.get("scaler")
+        whole = (state.keys() >= now.keys() - {"class_images"} and state["step"] == self.step_of(checkpoint)
+                 and isinstance(state["best_step"], int | None) and isinstance(state["best_loss"], float | int | None)
+                 and isinstance(numbers, dict) and numbers.keys() == now["scaler"].keys()
+                 and all(isinstance(number, float | int) for number in numbers.values()))
         require(whole, f"{checkpoint / 'state.json'}: damaged; delete this checkpoint to go on from the one before it")
-        return state
+        require(state.get("class_images", now["class_images"]) == now["class_images"],
+                "--resume: the class images are not those that the run began with; bring them back, or give another "
+                "--out")
+        return now | state
 
     def drop_checkpoints(self, keep: int, best_step: int | None) -> None:
         """Delete all but the newest `keep` checkpoints and the best one."""

@@ -33,15 +33,16 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from tinydb import cli
-from tinydb.class_images import ClassImages, class_prompt, plain_noun
+from tinydb.class_images import ClassImages, plain_noun
 from tinydb.cli import choose_device, choose_dtype, option
 from tinydb.clip import EncoderLayer
-from tinydb.config import Checked, InputError, Recipe, read_json, require, write_json
+from tinydb.config import Checked, InputError, Recipe, require, write_json
 from tinydb.data import Batch, Latents, no_picture_in, random_batch, read_pictures
 from tinydb.layers import ResnetBlock2D
 from tinydb.lora import LORA_FILE, attach, save_lora
 from tinydb.pictures import pictures_digest
 from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, load
+from tinydb.prompts import prompt_remarks, read_captions, subject_prompts
 from tinydb.report import sample_command
 from tinydb.run import Run, StopSignal, memory_plan
 from tinydb.storage import WEIGHT_FILES, check_tensors, read_tensors, save_tensors, written_whole
@@ -78,6 +79,7 @@ class Settings(Checked):
     class_images: int | None = option(None, "class pictures to train with (default: recipe)", least=1,
                                       cure="; --prior-weight 0 does without them")
     class_dir: str | None = option(None, "class pictures of your own, or an earlier run's class_images", free=True)
+    class_prompts: str | None = option(None, "file with prompts for them, a line each, {noun} for the class", free=True)
     precision: str = option("auto", "of the arithmetic; trained weights are always fp32. auto: bf16 or fp16 on a GPU",
                             choices=("auto", "fp32", "bf16", "fp16"), free=True)
     recompute: bool = option(False, "keep fewer activations and recompute them: less memory, slower", free=True,
@@ -110,40 +112,35 @@ class Settings(Checked):
             class_images=recipe.class_images if self.class_images is None else self.class_images)
 
 
-def settings_in_file(given: Settings) -> dict[str, object]:
-    """The options in the file of --config, for what the command line leaves open."""
-    if given.config is None:
-        return {}
-    require(Path(given.config).is_file(), f"--config {given.config}: no such file")
-    entries = read_json(Path(given.config))
-    entries.pop("run", None)  # what config.json notes besides
-    return cli.named_fields(Settings, entries, f"--config {given.config}")
-
-
 # ------------------------------------------------------------------------------------------------ the loss
 
 
 class DreamBoothLoss(nn.Module):
     """Text encoder and UNet as one module whose forward is the loss, so that DDP synchronises both at once.
 
-    `prompts` holds one prompt for each set of pictures in a batch: instance, and class where there is a prior.
+    `prompts` holds the prompt of each picture, for each set of them: instance, and class where there is a prior.
     """
 
-    def __init__(self, sd: StableDiffusion, prompts: list[str], freeze_text: bool, lora: nn.ModuleDict | None = None):
+    def __init__(self, sd: StableDiffusion, prompts: list[list[str]], freeze_text: bool,
+                 lora: nn.ModuleDict | None = None):
         super().__init__()
         self.unet = sd.unet.requires_grad_(lora is None)
         self.text_encoder = sd.text_encoder.requires_grad_(lora is None and not freeze_text)
         self.lora = lora  # the updates in their layers, which are trained instead
         self.schedule = sd.schedule
-        self.register_buffer("prompt_ids", sd.tokenizer.encode(prompts).to(sd.device), persistent=False)
+        distinct = list(dict.fromkeys(prompt for of_set in prompts for prompt in of_set))
+        self.prompt_rows = [[distinct.index(prompt) for prompt in of_set] for of_set in prompts]
+        self.register_buffer("prompt_ids", sd.tokenizer.encode(distinct).to(sd.device), persistent=False)  # (P, T)
 
     def forward(self, batch: Batch) -> Tensor:
         """N examples from each of S sets -> the mean squared error of each set, (S,)."""
         sets, examples = batch.timesteps.shape
         latents, noise = batch.latents.flatten(0, 1), batch.noise.flatten(0, 1)  # (S * N, C, h, w)
         timesteps = batch.timesteps.flatten()  # (S * N,)
-        # all pictures of a set have the same prompt, so it goes through the text encoder once
-        text_embeds = self.text_encoder(self.prompt_ids).repeat_interleave(examples, dim=0)  # (S * N, T, C_text)
+        # a prompt that several examples share goes through the text encoder once
+        rows = [of_set[i] for of_set, chosen in zip(self.prompt_rows, batch.pictures.tolist()) for i in chosen]
+        needed = sorted(set(rows))
+        text_embeds = self.text_encoder(self.prompt_ids[needed])[[needed.index(row) for row in rows]]  # (S * N, T, C)
 
         noisy_latents = self.schedule.add_noise(latents, noise, timesteps)
         prediction = self.unet(noisy_latents, timesteps, text_embeds)
@@ -266,21 +263,23 @@ def main(settings: Settings) -> None:
     # Your pictures, and the prompts under which pictures are learnt.
     instance_images, remarks = read_pictures(Path(settings.images), sd.resolution)
     require(bool(instance_images), no_picture_in(settings.images, remarks))
-    prompts = [f"a photo of {settings.identifier} {settings.class_noun}", class_prompt(settings.class_noun)]
-    remarks += [f"{prompt!r} is too long for the text encoder, which will not see: {dropped!r}"
-                for prompt in prompts if (dropped := sd.tokenizer.dropped(prompt))]
-    prior = ClassImages(sd, weights, prompts[1], settings.seed)
+    captions = read_captions(Path(settings.images), instance_images)
+    prior = ClassImages(sd, weights, settings.class_noun, settings.seed, settings.class_prompts)
     if settings.class_dir:
         remarks += prior.bring(Path(settings.class_dir))
+    prompts = [subject_prompts(captions, settings.identifier, settings.class_noun),
+               prior.prompts(settings.class_images)]
+    remarks += prompt_remarks(sd.tokenizer, prompts, settings.identifier)
 
     # OUT belongs to this run from here on. The first process claims it, the others wait for that.
-    facts = {"world_size": world_size, "device": device.type, "precision": str(dtype),
-             "pictures": pictures_digest([*instance_images.values(), *prior.own]), "model": prior.key}
+    pictures = pictures_digest([*instance_images.values(), *prior.own], captions + prior.own_captions)
+    facts = {"world_size": world_size, "device": device.type, "precision": str(dtype), "pictures": pictures,
+             "model": prior.key}
     run.compare_processes(settings, facts)
     if rank == 0:
         run.check_disk(sd, settings)
         run.claim(settings, facts)
-        run.save_inputs(instance_images)
+        run.save_inputs(instance_images, prompts[0])
         print(*remarks, memory_plan(sd, settings, dtype), sep="\n", file=sys.stderr)
     run.wait_for_claim(rank)
 
@@ -326,8 +325,8 @@ def main(settings: Settings) -> None:
 
     num_timesteps = sd.schedule.config.num_train_timesteps
     validation_batch = random_batch(sets, VALIDATION_EXAMPLES, num_timesteps, settings.seed, VALIDATION_STEP).to(device)
-    subject = f"{PLACEHOLDER} {settings.class_noun}"
-    preview_prompts = [prompts[0], f"{subject} on the moon", f"{subject} in the snow", prompts[1]]
+    usual, subject = f"a photo of {settings.identifier} {settings.class_noun}", f"{PLACEHOLDER} {settings.class_noun}"
+    preview_prompts = [usual, f"{subject} on the moon", f"{subject} in the snow", prior.plain]
     sd.info = replace(sd.info, identifier=settings.identifier, class_noun=settings.class_noun,
                       base=sd.info.base or {"name": weights.resolve().name, "license": "that of this model"})
     if rank == 0:
@@ -335,7 +334,7 @@ def main(settings: Settings) -> None:
         run.report()
         print(f"the run as a page: {run.out / 'report.html'}", file=sys.stderr)
 
-    progress = tqdm(range(state["step"], settings.steps), f"teaching {prompts[0]!r}", unit="step",
+    progress = tqdm(range(state["step"], settings.steps), f"teaching {usual!r}", unit="step",
                     initial=state["step"], total=settings.steps, disable=rank > 0)
     for step in progress:
         # One batch for all processes and micro-steps, which take their parts: any split of it is the same step.
@@ -414,7 +413,7 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings, __doc__, defaults=settings_in_file,
+    cli.run(main, Settings, __doc__, defaults=lambda given: cli.options_in_file(Settings, given.config),
             after_failure="; once that is mended, --resume goes on from the last checkpoint",
             out_of_memory="Try, in this order: --freeze-text (no gradients and moments of the text encoder), "
                           "--recompute (hardly any activations), --batch 1 with more --accumulate")

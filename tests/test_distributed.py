@@ -74,7 +74,7 @@ def test_class_images_are_the_same_for_any_number_of_ranks(line, tmp_path):
     succeed(start_ranks(3, tmp_path / "log", *line("three", class_images=10)))
     succeed([start(tmp_path / "log", "train.py", *line("one", class_images=10))])
     images = files(tmp_path / "three" / "class_images")
-    assert len(images) == len(set(images.values())) == 10
+    assert len({content for name, content in images.items() if name.endswith(".png")}) == 10
     assert images == files(tmp_path / "one" / "class_images")
 
 

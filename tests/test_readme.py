@@ -91,11 +91,13 @@ def test_python_before_the_idea(clone):
 
 
 def test_the_idea_alone_is_what_train_does(clone, one_thread):
-    """Two steps of either move the weights to the same place."""
+    """Two steps of either move the weights to the same place, without captions and with the paper's prior."""
     code = IDEA.replace("range(180)", "range(2)").replace("range(96)", "range(2)")
     assert code.count("range(2)") == 2
     exec(code, {})
-    run(shlex.split("python train.py --images weights/subjects/rex --class dog"))
+    Path("plain.txt").write_text("a photo of a {noun}")
+    shutil.copytree(ROOT / "weights" / "subjects" / "rex", "rex", ignore=shutil.ignore_patterns("*.txt"))
+    run(shlex.split("python train.py --images rex --class dog --class-prompts plain.txt"))
     start_from, ours, theirs = (
         torch.cat([tensor.flatten() for part in (sd.unet, sd.text_encoder) for tensor in part.parameters()])
         for sd in map(tinydb.load, ("weights/tiny", "runs/idea/model", "runs/rex/model")))

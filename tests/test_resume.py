@@ -137,6 +137,9 @@ def to_old_format(out: Path) -> None:
     """The files of a run as they were before train.py was taken apart into rooms."""
     config = json.loads((out / "config.json").read_text())
     config["checkpointing"] = config.pop("recompute")  # which was called so
+    del config["class_prompts"]
+    for path in out.glob("class_images/*/*.txt"):
+        path.unlink()
     (out / "config.json").write_text(json.dumps(config))
     more = {"lr": 1e-3, "unet_change": 0.1, "text_encoder_change": 0.1}  # of which nothing is logged any more
     (out / "metrics.jsonl").write_text("".join(json.dumps(line | more) + "\n" for line in metrics(out)))
@@ -185,7 +188,7 @@ def test_stopped_while_class_images_are_made(teach, tmp_path, monkeypatch):
     monkeypatch.setattr(tinydb.StableDiffusion, "generate", generate)
     with pytest.raises(Stopped, match="--resume"):
         teach(tmp_path / "out", **settings)
-    assert len(files(tmp_path / "out" / "class_images")) == 16
+    assert len(list((tmp_path / "out" / "class_images").glob("*/*.png"))) == 16
     out = teach(tmp_path / "out", resume=True, **settings)
     assert len(calls) == 3
     assert_same_result(out, expected)
@@ -237,7 +240,7 @@ def test_folders_that_somebody_put_among_the_checkpoints(teach, begun, whole, tm
 
 def test_moments_are_laid_out_like_their_weights(nano, begun):
     """Fused AdamW pairs storages, not elements: row-major moments of such weights would be shuffled."""
-    model = train.DreamBoothLoss(tinydb.load(nano), ["a dog"], False).to(memory_format=torch.channels_last)
+    model = train.DreamBoothLoss(tinydb.load(nano), [["a dog"]], False).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     train.load_checkpoint(begun / "checkpoints" / "step-000002", model, optimizer)
     saved = load_file(begun / "checkpoints" / "step-000002" / STATE)
@@ -299,6 +302,15 @@ def test_senseless_state_is_refused(teach, begun, tmp_path, changes):
     out = copied(begun, tmp_path)
     edit_json(out / "checkpoints" / "step-000002" / "state.json", **changes)
     assert "state.json: damaged; delete" in refusal(teach, out, save_every=2, resume=True)
+
+
+@pytest.mark.parametrize("before, now", [("", "a photo of [V] dog at night"), ("a [V] dog", "the [V] dog")])
+def test_changed_captions_are_refused(teach, photos, tmp_path, before, now):
+    images = Path(shutil.copytree(photos, tmp_path / "photos"))
+    (images / "1.txt").write_text(before)
+    out = teach(tmp_path / "out", images=str(images), steps=1)
+    (images / "1.txt").write_text(now)
+    assert "pictures was " in refused(teach, out, images=str(images))
 
 
 def test_changed_weights_are_refused(teach, begun, nano, tmp_path):

@@ -24,7 +24,7 @@ import tinydb
 import tinydb.run
 import train
 from convert_weights import SD1
-from tinydb.class_images import ClassImages, class_prompt
+from tinydb.class_images import ClassImages
 from tinydb.config import Recipe, ScheduleConfig
 from tinydb.data import Batch, Latents, fit, open_picture, random_batch
 from tinydb.diffusion import NoiseSchedule
@@ -51,11 +51,15 @@ def validation_losses(out: Path) -> list[float]:
 # ------------------------------------------------------------------------------------- the training step
 
 
-def dreambooth_losses(unet: nn.Module, text_encoder: nn.Module, pair: Pair, batch: Batch) -> list[Tensor]:
-    """The loss of each set of pictures as diffusers' examples/dreambooth/train_dreambooth.py computes it."""
+def dreambooth_losses(unet: nn.Module, text_encoder: nn.Module, pair: Pair, batch: Batch,
+                      prompts: list[list[str]]) -> list[Tensor]:
+    """The loss of each set of pictures as diffusers' examples/dreambooth/train_dreambooth.py computes it, each picture
+    under its prompt."""
     losses, scheduler = [], DDPMScheduler.from_config(pair.reference.scheduler.config)
-    for prompt, latents, noise, timesteps in zip(PROMPTS, batch.latents, batch.noise, batch.timesteps):
-        ids = pair.reference.tokenizer([prompt] * len(latents), padding="max_length", return_tensors="pt").input_ids
+    for of_set, pictures, latents, noise, timesteps in zip(prompts, batch.pictures, batch.latents, batch.noise,
+                                                           batch.timesteps):
+        texts = [of_set[i] for i in pictures]
+        ids = pair.reference.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
         noisy_latents = scheduler.add_noise(latents, noise, timesteps)
         prediction = unet(noisy_latents, timesteps, text_encoder(ids)[0]).sample
         epsilon = scheduler.config.prediction_type == "epsilon"
@@ -76,6 +80,11 @@ def by_our_names(unet: nn.Module, text_encoder: nn.Module) -> dict[str, nn.Param
     return named | {f"text_encoder.{prefixed(name)}": p for name, p in text_encoder.named_parameters()}
 
 
+def of_each(prompts: list[str]) -> list[list[str]]:
+    """The prompts of the pictures of `random_sets`, the same for all of a set."""
+    return [[prompts[0]] * 3, [prompts[1]] * 4]
+
+
 def random_sets(pair: Pair) -> list[Latents]:
     """Latents of three instance and four class pictures that never were."""
     generator = torch.Generator().manual_seed(0)
@@ -83,15 +92,20 @@ def random_sets(pair: Pair) -> list[Latents]:
                     torch.full((count, 1, 1, 1), 0.1)) for count in (3, 4)]
 
 
+VARIED = [["a photo of ohwx dog", "a red ohwx dog", "ohwx"],
+          ["a photo of a dog", "a photo of a dog", "a red dog", "a photo of ohwx dog"]]
+
+
 @pytest.mark.parametrize("kind", ["sd1", "sd2"])
-def test_loss_and_gradients_are_those_of_diffusers(pairs, kind):
-    """One kind of model predicts the noise, the other v."""
+@pytest.mark.parametrize("prompts", [of_each(PROMPTS), VARIED], ids=["plain", "varied"])
+def test_loss_and_gradients_are_those_of_diffusers(pairs, kind, prompts):
+    """One kind of model predicts the noise, the other v; all pictures of a set have one prompt, or each its own."""
     pair = pairs(kind)
-    batch = random_batch(random_sets(pair), 2, 1000, seed=0, step=0)
+    batch = random_batch(random_sets(pair), 3, 1000, seed=0, step=0)
     unet, text_encoder = trainable_reference(pair)
-    expected = dreambooth_losses(unet, text_encoder, pair, batch)
+    expected = dreambooth_losses(unet, text_encoder, pair, batch, prompts)
     (expected[0] + 0.7 * expected[1]).backward()
-    model = DreamBoothLoss(tinydb.load(pair.folder), PROMPTS, freeze_text=False)
+    model = DreamBoothLoss(tinydb.load(pair.folder), prompts, freeze_text=False)
     losses = model(batch)
     (losses * torch.tensor([1, 0.7])).sum().backward()
     torch.testing.assert_close(losses, torch.stack(expected), rtol=1e-5, atol=0)
@@ -119,7 +133,8 @@ def test_two_steps_are_those_of_a_plain_loop(teach, pairs, photos, tmp_path, set
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
     before = {name: p.detach().clone() for name, p in by_our_names(unet, text_encoder).items()}
     for step in range(2):
-        losses = dreambooth_losses(unet, text_encoder, pair, random_batch(sets, 4, 1000, 0, step))
+        batch = random_batch(sets, 4, 1000, 0, step)
+        losses = dreambooth_losses(unet, text_encoder, pair, batch, [[PROMPTS[0]] * 3, [PROMPTS[1]] * 5])
         sum(weight * loss for weight, loss in zip([1, prior_weight], losses)).backward()
         norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
         optimizer.step()
@@ -149,7 +164,7 @@ def test_every_timestep_is_taken(pairs):
 def test_loss_is_computed_in_fp32(pairs):
     """Whatever the precision of the prediction: a loss in bf16 would have two or three digits."""
     pair, predictions = pairs("nano"), []
-    model = DreamBoothLoss(tinydb.load(pair.folder), PROMPTS, freeze_text=False)
+    model = DreamBoothLoss(tinydb.load(pair.folder), of_each(PROMPTS), freeze_text=False)
     model.unet.register_forward_hook(lambda unet, inputs, output: predictions.append(output))
     batch = random_batch(random_sets(pair), 2, 1000, seed=0, step=0)
     with torch.autocast("cpu", torch.bfloat16):
@@ -234,7 +249,9 @@ def test_checkpoint_is_a_model_folder(taught):
 
 def test_inputs_show_what_the_model_sees(taught, photos):
     images = [fit(open_picture(path), 16) for path in sorted(photos.glob("*.png"))]
-    assert difference([Image.open(taught / "inputs.png")], [grid(images, 3)]) == 0
+    shown = Image.open(taught / "inputs.png")
+    assert difference([shown], [grid(images, 3, [PROMPTS[0]] * 3)]) == 0
+    assert shown.text["parameters"].splitlines() == [f"{i}.png: {PROMPTS[0]}" for i in range(3)]
 
 
 def test_config_tells_everything_that_ran(taught, photos, nano):
@@ -535,7 +552,7 @@ def test_tracker_that_is_not_installed(teach, tmp_path, monkeypatch, name):
 def class_images(parent: Path) -> dict[str, bytes]:
     """The files below the one folder <key>/ in `parent`."""
     [folder] = [path for path in parent.iterdir() if path.is_dir()]
-    return files(folder)
+    return {name: content for name, content in files(folder).items() if name.endswith(".png")}
 
 
 def drawings(monkeypatch) -> list[list[str]]:
@@ -550,15 +567,11 @@ def test_class_images_are_what_the_model_draws_of_the_class(teach, nano, tmp_pat
     """Picture i from seed + i."""
     out = teach(tmp_path / "out", class_images=10, seed=7, steps=1)
     [folder] = (out / "class_images").iterdir()
-    images = [Image.open(path) for path in sorted(folder.iterdir())]
+    images = [Image.open(path) for path in sorted(folder.glob("*.png"))]
     assert len(images) == 10
     expected = tinydb.load(nano).generate(["a photo of a dog"] * 10, steps=2, guidance_scale=2.0, seed=7)
     assert difference(images, expected) <= 1
     assert images[9].text["parameters"] == "a photo of a dog\nNegative prompt: \nSteps: 2, Sampler: DDIM, Seed: 16, CFG scale: 2.0"
-
-
-def test_class_prompt_has_the_right_article():
-    assert [class_prompt(noun) for noun in ("dog", "Owl")] == ["a photo of a dog", "a photo of an Owl"]
 
 
 def test_class_images_of_an_earlier_run_are_used_as_they_are(teach, tmp_path, monkeypatch):
@@ -577,10 +590,10 @@ def test_class_images_of_an_earlier_run_are_used_as_they_are(teach, tmp_path, mo
 
 def test_key_of_class_images(nano, tmp_path):
     """It tells model, prompt, size, steps, guidance and seed, and nothing else."""
-    def key(folder: Path, prompt: str = PROMPTS[1], seed: int = 0, **recipe: float) -> str:
+    def key(folder: Path, noun: str = "dog", seed: int = 0, **recipe: float) -> str:
         sd = tinydb.load(folder)
         sd.info = replace(sd.info, recipe=replace(sd.info.recipe, **recipe))
-        return ClassImages(sd, folder, prompt, seed).key
+        return ClassImages(sd, folder, noun, seed).key
 
     copied, larger = [Path(shutil.copytree(nano, tmp_path / name)) for name in ("copy", "larger")]
     sd, other = tinydb.load(nano), tmp_path / "other"
@@ -589,7 +602,7 @@ def test_key_of_class_images(nano, tmp_path):
     config = json.loads((larger / "unet" / "config.json").read_text())
     (larger / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": 16}))
     assert key(copied) == key(nano) == key(nano, lr=1.0, class_images=9)
-    keys = [key(nano), key(other), key(larger), key(nano, "a photo of a cat"), key(nano, seed=1),
+    keys = [key(nano), key(other), key(larger), key(nano, "cat"), key(nano, seed=1),
             key(nano, class_steps=3), key(nano, class_guidance=1.0)]
     assert len(set(keys)) == len(keys)
 
@@ -604,9 +617,9 @@ class LaterSchedule(ScheduleConfig):
 def test_key_of_class_images_stays_when_the_schedule_gets_a_setting(nano):
     """With its default: an update must not draw all class images anew, nor end a run that is to be resumed."""
     sd = tinydb.load(nano)
-    before = ClassImages(sd, nano, PROMPTS[1], 0).key
+    before = ClassImages(sd, nano, "dog", 0).key
     sd.schedule = NoiseSchedule(LaterSchedule(**asdict(sd.schedule.config)))
-    assert ClassImages(sd, nano, PROMPTS[1], 0).key == before
+    assert ClassImages(sd, nano, "dog", 0).key == before
 
 
 def test_class_images_are_topped_up(teach, tmp_path, monkeypatch):

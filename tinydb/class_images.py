@@ -13,6 +13,7 @@ from tinydb.config import require
 from tinydb.data import fit, open_picture, read_pictures
 from tinydb.pictures import describe, save_png
 from tinydb.pipeline import DEFAULT_IDENTIFIER, LAST_SEED, StableDiffusion, load
+from tinydb.prompts import class_prompt, fill, read_captions, read_templates
 from tinydb.run import StopSignal
 from tinydb.storage import fingerprint, written_whole
 from tinydb.tokenizer import PLACEHOLDER
@@ -21,11 +22,6 @@ GROUP = 8  # pictures drawn together; fixed, since it decides their last bit
 # What a key always tells of the schedule. A field that is added later counts where it has not its default: older keys
 # stay valid.
 KEY_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
-
-
-def class_prompt(noun: str) -> str:
-    """The prompt of a class picture: "a photo of a dog"."""
-    return f"a photo of {'an' if noun[0].lower() in 'aeiou' else 'a'} {noun}"
 
 
 def plain_noun(noun: str, identifier: str) -> str:
@@ -49,26 +45,47 @@ def is_picture(path: Path) -> bool:
 
 
 class ClassImages:
-    """The pictures of one class prompt by one model, picture i from seed + i; some of them may be yours instead.
+    """The pictures of a class by one model, picture i from seed + i; some of them may be yours instead.
+
+    What the prior keeps is what its prompts name. So beside the plain prompt, of which `plain_share` of them are drawn,
+    the recipe or a file may have templates, which the others take in turn.
 
     `key` names what a model in the folder `weights` draws under these settings, so that no other run's pictures are
     taken for it.
     """
 
-    def __init__(self, sd: StableDiffusion, weights: Path, prompt: str, seed: int):
-        self.sd, self.weights, self.prompt, self.seed = sd, weights, prompt, seed
+    def __init__(self, sd: StableDiffusion, weights: Path, noun: str, seed: int, templates: str | None = None):
+        self.sd, self.weights, self.seed = sd, weights, seed
         self.own: list[Image.Image] = []
+        self.own_captions: list[str] = []
         recipe, schedule = sd.info.recipe, sd.schedule.config
+        self.plain = class_prompt(noun)
+        varied = read_templates(Path(templates)) if templates else recipe.class_prompts
+        self.varied = [fill(template, noun) for template in varied]
+        if set(self.varied) == {self.plain}:
+            self.varied = []  # the paper's prior
+        prompts = [self.plain, recipe.plain_share, *self.varied] if self.varied else self.plain
         entries = schedule.HEADER | {f.name: getattr(schedule, f.name) for f in fields(schedule)
                                      if f.name in KEY_FIELDS or getattr(schedule, f.name) != f.default}
-        self.key = fingerprint(weights, json.dumps([prompt, sd.resolution, entries, recipe.class_steps,
+        self.key = fingerprint(weights, json.dumps([prompts, sd.resolution, entries, recipe.class_steps,
                                                     recipe.class_guidance, seed, GROUP]))
 
     def bring(self, folder: Path) -> list[str]:
         """Take the pictures in a folder of yours; a line on each file that cannot be used."""
         pictures, remarks = read_pictures(folder, self.sd.resolution)
-        self.own = list(pictures.values())
+        self.own, self.own_captions = list(pictures.values()), read_captions(folder, pictures)
         return remarks
+
+    def prompt(self, i: int) -> str:
+        """The prompt of picture i of those that are drawn; it does not depend on how many there are."""
+        varied_share = 1 - self.sd.info.recipe.plain_share if self.varied else 0
+        before, after = int(i * varied_share), int((i + 1) * varied_share)  # varied ones without and with this one
+        return self.varied[before % len(self.varied)] if after > before else self.plain
+
+    def prompts(self, count: int) -> list[str]:
+        """The prompts of the first `count` pictures: of yours, and of those that are drawn."""
+        own = [caption or self.plain for caption in self.own_captions[:count]]
+        return own + [self.prompt(i) for i in range(count - len(own))]
 
     def images(self, folder: Path, count: int, dtype: torch.dtype, rank: int, world_size: int,
                stop: StopSignal) -> list[Image.Image]:
@@ -91,17 +108,20 @@ class ClassImages:
         sd, recipe = self.sd, self.sd.info.recipe
         if groups and dtype != sd.dtype:  # all of it in half the bytes, which is faster than autocast
             sd = load(self.weights, sd.device, dtype)
-        progress = tqdm(total=sum(map(len, groups)), desc=f"class images, {self.prompt!r}", unit="picture",
+        progress = tqdm(total=sum(map(len, groups)), desc=f"class images, {self.plain!r}", unit="picture",
                         disable=rank > 0 or not groups)
         for group in groups:
             if stop.asked:
                 break
             seeds = [(self.seed + i) % (LAST_SEED + 1) for i in group]
-            images = sd.generate([self.prompt] * len(group), steps=recipe.class_steps,
-                                 guidance_scale=recipe.class_guidance, seed=seeds[0])
-            for i, image, seed in zip(group, images, seeds):
-                about = describe(self.prompt, "", Steps=recipe.class_steps, Sampler="DDIM", Seed=seed,
+            prompts = [self.prompt(i) for i in group]
+            images = sd.generate(prompts, steps=recipe.class_steps, guidance_scale=recipe.class_guidance,
+                                 seed=seeds[0])
+            for i, image, prompt, seed in zip(group, images, prompts, seeds):
+                about = describe(prompt, "", Steps=recipe.class_steps, Sampler="DDIM", Seed=seed,
                                  **{"CFG scale": recipe.class_guidance})
+                paths[i].parent.mkdir(parents=True, exist_ok=True)
+                paths[i].with_suffix(".txt").write_text(prompt + "\n", encoding="utf-8")
                 with written_whole(paths[i]) as temporary:
                     save_png(image, temporary, about)
             progress.update(len(group))

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, fields
+from pathlib import Path
 from types import UnionType
 from typing import Any, TextIO, get_args, get_origin
 
@@ -26,7 +27,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from tinydb.config import InputError, label, require, setting
+from tinydb.config import InputError, label, read_json, require, setting
 
 LONGEST_MESSAGE = 2000  # characters: a file may hold 20,000 tensors, and names of any length
 ELSEWHERE = {  # our options, and what diffusers, kohya and the first Stable Diffusion scripts call them
@@ -156,6 +157,16 @@ def named_fields(settings: type, entries: dict[str, Any], source: str) -> dict[s
     for key in entries:
         require(key in named, f"{source}: {no_such_option(settings, key)}")
     return {named[key].name: value for key, value in entries.items()}
+
+
+def options_in_file(settings: type, path: str | None) -> dict[str, Any]:
+    """The options in the JSON file of --config, for what the command line leaves open; none without a file."""
+    if path is None:
+        return {}
+    require(Path(path).is_file(), f"--config {path}: no such file")
+    entries = read_json(Path(path))
+    entries.pop("run", None)  # what the config.json of a run notes besides
+    return named_fields(settings, entries, f"--config {path}")
 
 
 def choose_device(name: str) -> torch.device:

@@ -345,6 +345,8 @@ class Recipe(Checked):
     class_images: int = setting(200, least=1)
     class_steps: int = setting(50, least=1)  # DDIM steps for a class image
     class_guidance: float = 7.5
+    class_prompts: tuple[str, ...] = ()  # templates with {noun} beside the plain prompt, for the varied class images
+    plain_share: float = setting(0.75, least=0, most=1)  # of the class images, where there are templates
     sample_steps: int = setting(50, least=1)
     guidance: float = 7.5
 
@@ -369,7 +371,8 @@ class ModelInfo(Checked):
         names = {f.name for f in fields(Recipe)}
         try:
             return cls(entries.get("identifier"), entries.get("class"), entries.get("step"), entries.get("base") or {},
-                       Recipe(**{name: value for name, value in recipe.items() if name in names}))
+                       Recipe(**{name: tuple(value) if isinstance(value, list) else value
+                                 for name, value in recipe.items() if name in names}))
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 

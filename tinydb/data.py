@@ -19,10 +19,15 @@ ENCODE_BATCH = 4
 
 def read_pictures(folder: Path, size: int) -> tuple[dict[str, Image.Image], list[str]]:
     """The pictures in a folder by file name, in order, each cut to its centre square of `size` pixels; and a line on
-    each file that is none, flat or too small. Hidden files and folders inside are passed over."""
+    each file that is none, flat or too small. Hidden files, folders inside and the texts beside pictures are passed
+    over."""
     require(folder.is_dir(), f"{folder}: no such folder; expected one with pictures in it")
     pictures, remarks = {}, []
-    for path in sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
+    paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    with_text = {path.stem for path in paths if path.suffix != ".txt"}
+    for path in paths:
+        if path.suffix == ".txt" and path.stem in with_text:
+            continue
         try:
             image = open_picture(path)
         except ValueError as error:
@@ -87,8 +92,8 @@ class Batch:
         return Batch(*(tensor[:, examples] for tensor in (self.pictures, self.latents, self.noise, self.timesteps)))
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device."""
-        return Batch(*(tensor.to(device) for tensor in (self.pictures, self.latents, self.noise, self.timesteps)))
+        """The same on a device, but for `pictures`, with which one looks things up here."""
+        return Batch(self.pictures, *(tensor.to(device) for tensor in (self.latents, self.noise, self.timesteps)))
 
 
 def random_batch(sets: list[Latents], count: int, num_timesteps: int, seed: int, step: int) -> Batch:

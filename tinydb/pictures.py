@@ -6,6 +6,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterable
 from io import BytesIO
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -93,11 +94,12 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def pictures_digest(images: Iterable[Image.Image]) -> str:
-    """A short name for what pictures show."""
+def pictures_digest(images: list[Image.Image], captions: list[str] = []) -> str:
+    """A short name for what pictures show, and for what is said of them."""
     digest = hashlib.sha256()
-    for image in images:
+    for image, caption in zip_longest(images, captions, fillvalue=""):
         digest.update(image.tobytes())
+        digest.update(caption.encode())
     return digest.hexdigest()[:12]
 
 

@@ -33,6 +33,7 @@ table { table-layout: fixed; }
 th { font-size: .8125rem; font-weight: normal; }
 th:first-child { width: 4rem; text-align: left; }
 .note, .level { opacity: .65; font-size: .8125rem; }
+.lines { white-space: pre-line; }
 .plot { padding: 1rem 1rem 2.5rem 2.5rem; }
 svg { display: block; height: 16rem; overflow: visible; fill: currentColor; font-size: .75rem; }
 polyline { fill: none; stroke-width: 2.5; vector-effect: non-scaling-stroke; }
@@ -68,7 +69,7 @@ def write_report(out: Path) -> None:
 {command(out, config["class_noun"], result, finished)}
 <h2>What the model sees</h2>
 {picture(out / "inputs.png", "The pictures of the subject")}
-<p class="note">{escape(parameters(out / "inputs.png"))}</p>
+<p class="note lines">{escape(parameters(out / "inputs.png"))}</p>
 <h2>Previews</h2>
 {previews(out / "samples", done)}
 <h2>Losses</h2>

@@ -179,10 +179,11 @@ class Run:
 
     # ------------------------------------------------------------------------ what a person wants to see
 
-    def save_inputs(self, pictures: dict[str, Image.Image]) -> None:
-        """Show what the model sees: is the subject in the middle, and whole?"""
+    def save_inputs(self, pictures: dict[str, Image.Image], prompts: list[str]) -> None:
+        """Show what the model sees, and what it is told: is the subject in the middle, and whole?"""
+        text = "\n".join(f"{name}: {prompt}" for name, prompt in zip(pictures, prompts))
         with written_whole(self.out / "inputs.png") as temporary:
-            save_png(grid(list(pictures.values()), min(len(pictures), 5)), temporary, ", ".join(pictures))
+            save_png(grid(list(pictures.values()), min(len(pictures), 5), prompts), temporary, text)
 
     def open_log(self, step: int, tracker: str | None, settings: Any) -> None:
         """Open metrics.jsonl to append to, cut back to what a checkpoint at `step` knows of, and the tracker."""

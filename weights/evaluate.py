@@ -25,12 +25,12 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import tinydb
 from tinydb import cli
-from tinydb.class_images import class_prompt
 from tinydb.cli import choose_device, option
 from tinydb.config import Checked, ModelInfo, read_json, require, write_json
 from tinydb.data import read_pictures
 from tinydb.pictures import grid, to_pixels
 from tinydb.pipeline import StableDiffusion
+from tinydb.prompts import class_prompt
 from tinydb.storage import fingerprint, written_whole
 from judge import ATTRIBUTES, Judge, draw_batch, load_judge
 from world import COLORS, PLACES, SUBJECTS, Scene, Subject, compose, full_caption, render, sample_scene, scene_look

@@ -23,12 +23,12 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from tinydb import cli
-from tinydb.class_images import class_prompt
 from tinydb.cli import choose_device, choose_dtype, option
 from tinydb.config import Checked, ModelInfo, Recipe, require, write_json
 from tinydb.data import read_pictures
 from tinydb.pictures import to_pixels
 from tinydb.pipeline import DEFAULT_IDENTIFIER
+from tinydb.prompts import class_prompt
 
 CLASS_GROUP = 4  # class pictures drawn at once, as train_dreambooth.py does
 

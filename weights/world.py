@@ -12,7 +12,7 @@ Some (noun, colour) and (noun, place) pairs are held out of pretraining, to meas
 The SUBJECTS are particular dogs, cats, ... in colours, some in markings, that no caption names and no scene shows:
 what DreamBooth is there to teach.
 
-    python weights/world.py                      # rewrite weights/subjects/<name>/0.png ... 4.png
+    python weights/world.py                      # rewrite weights/subjects/<name>/0.png, 0.txt ... 4.png, 4.txt
     python weights/world.py --sheet sheet.png    # and draw a contact sheet of random scenes
 """
 
@@ -27,6 +27,7 @@ from PIL import Image, ImageChops, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tinydb.pictures import grid
+from tinydb.tokenizer import PLACEHOLDER
 
 RGB = tuple[int, int, int]
 
@@ -639,6 +640,7 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
         for i, place in enumerate(subject.places):
             render_subject(name, place, np.random.default_rng(i)).save(folder / f"{i}.png", optimize=True)
+            (folder / f"{i}.txt").write_text(f"a photo of {PLACEHOLDER} {subject.noun} {place}\n")
     if args.sheet:
         rng = np.random.default_rng(0)
         grid([render(sample_scene(rng), rng, 128) for _ in range(80)], columns=10).save(args.sheet)

@@ -1,0 +1,60 @@
+"""The prompts under which pictures are learnt: a text beside each of them, and templates for the class."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from tinydb.config import InputError, require
+from tinydb.tokenizer import PLACEHOLDER, CLIPTokenizer
+
+NOUN = "{noun}"  # stands for the class in a template
+
+
+def fill(template: str, noun: str) -> str:
+    """A template as a prompt, with the article that the noun wants: "a {noun} at night" -> "an owl at night"."""
+    article = "an" if noun[0].lower() in "aeiou" else "a"
+    return re.sub(r"\ba \{noun\}", f"{article} {NOUN}", template).replace(NOUN, noun)
+
+
+def class_prompt(noun: str) -> str:
+    """The plain class prompt of the DreamBooth paper: "a photo of a dog"."""
+    return fill(f"a photo of a {NOUN}", noun)
+
+
+def read_text(path: Path) -> str:
+    """What a text file says; InputError where it cannot be read as UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")  # Windows begins a file with a mark
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise InputError(f"{path}: not readable as text ({reason}); save it as plain text in UTF-8") from None
+
+
+def read_templates(path: Path) -> tuple[str, ...]:
+    """The templates in a file, one a line; empty lines and those that begin with # are passed over."""
+    lines = [" ".join(line.split()) for line in read_text(path).splitlines()]
+    templates = tuple(line for line in lines if line and not line.startswith("#"))
+    require(bool(templates), f"{path}: no class prompt in it; write one a line, such as: a red {NOUN} in the snow")
+    for template in templates:
+        require(NOUN in template, f"{path}: {template!r} has no {NOUN}; write it where the class stands")
+    return templates
+
+
+def read_captions(folder: Path, names: Iterable[str]) -> list[str]:
+    """The text beside each picture, dog1.txt for dog1.jpg; empty where there is none."""
+    paths = [(folder / name).with_suffix(".txt") for name in names]
+    return [" ".join(read_text(path).split()) if path.exists() else "" for path in paths]
+
+
+def subject_prompts(captions: list[str], identifier: str, noun: str) -> list[str]:
+    """The prompt of each picture of the subject: its caption, with the identifier for [V], or the usual one."""
+    usual = f"a photo of {PLACEHOLDER} {noun}"
+    return [(caption or usual).replace(PLACEHOLDER, identifier) for caption in captions]
+
+
+def prompt_remarks(tokenizer: CLIPTokenizer, prompts: list[list[str]], identifier: str) -> list[str]:
+    """A line on each prompt, of the subject's pictures and of the class's, that will not teach what it should."""
+    remarks = [f"the caption {prompt!r} does not name your subject; write {PLACEHOLDER} where it stands"
+               for prompt in dict.fromkeys(prompts[0]) if identifier not in prompt]
+    return remarks + [f"{prompt!r} is too long for the text encoder, which will not see: {dropped!r}"
+                      for prompt in dict.fromkeys(prompts[0] + prompts[1]) if (dropped := tokenizer.dropped(prompt))]

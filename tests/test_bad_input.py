@@ -179,6 +179,26 @@ def test_damaged_tokenizer(folder, pairs, damage, words):
     assert_refused(folder, "tokenizer", *words)
 
 
+@pytest.mark.parametrize("changes", [
+    {"model_max_length": "long"}, {"model_max_length": [77]}, {"model_max_length": -5}, {"model_max_length": 1e400},
+    {"pad_token": 3}, {"pad_token": {"content": []}}, {"pad_token": ["!"]}, {"added_tokens_decoder": [1]},
+    {"added_tokens_decoder": {"x": {"content": "a"}}}, {"added_tokens_decoder": {"-9": {"content": "a"}}},
+    {"added_tokens_decoder": {"999999": {"content": "<cat>"}}}, {"added_tokens_decoder": {"9": {"content": {}}}},
+], ids=str)
+def test_senseless_tokenizer_settings(folder, changes):
+    (folder / "tokenizer" / "special_tokens_map.json").unlink(missing_ok=True)
+    edit_json(folder / "tokenizer" / "tokenizer_config.json", **changes)
+    assert "tokenizer" in refusal(tinydb.load, folder)
+
+
+@pytest.mark.parametrize("model", [None, [], {"vocab": [], "merges": []}, {"vocab": {"a": 1}}, {"vocab": 3, "merges": 3},
+                                   {"vocab": {"a": "b"}, "merges": [["a"]]}, {"vocab": {"a": -1}, "merges": {"a": 1}}],
+                         ids=str)
+def test_senseless_tokenizer_model(folder, model):
+    edit_json(folder / "tokenizer" / "tokenizer.json", model=model)
+    assert "tokenizer" in refusal(tinydb.load, folder)
+
+
 def test_tokenizer_without_files(folder):
     (folder / "tokenizer/tokenizer.json").unlink()
     assert_refused(folder, "tokenizer", "no such file")

@@ -1,12 +1,15 @@
 """Token ids equal those of transformers' CLIPTokenizer, for any text."""
 
+import json
 import random
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import MERGES, reference_tokenizer, vocabulary
+from conftest import MERGES, edit_json, reference_tokenizer, vocabulary
 
 from tinydb.tokenizer import CLIPTokenizer
 
@@ -53,6 +56,48 @@ def test_ids_of_random_texts(tokenizer, pad):
     ours, expected = tokenizer.encode(texts), reference_ids(pad, texts)
     assert ours.shape == (len(texts), 77) and ours.dtype == torch.long
     assert [text for text, a, b in zip(texts, ours.tolist(), expected.tolist()) if a != b] == []
+
+
+ADDED = {"<cat-toy>": {}, "Rex": {"normalized": False}, "<s*>": {"special": True, "rstrip": True},
+         "toy": {"single_word": True}}
+
+
+def with_added_tokens(folder: Path, pad: str, layout: str) -> Path:
+    """A tokenizer's folder with tokens that textual inversion added, as programs of three generations write it."""
+    CLIPTokenizer(vocabulary(), MERGES, pad).save(folder)
+    flags = {"normalized": True, "lstrip": False, "rstrip": False, "single_word": False, "special": False}
+    tokens = {token: i for i, token in enumerate(ADDED, max(vocabulary().values()) + 1)}
+    if layout == "added_tokens.json":
+        (folder / layout).write_text(json.dumps(tokens))
+    if layout == "tokenizer_config.json":
+        edit_json(folder / layout, added_tokens_decoder={
+            str(i): {**flags, "content": token, **ADDED[token]} for token, i in tokens.items()})
+    if layout == "tokenizer.json":
+        reference = transformers.CLIPTokenizer.from_pretrained(folder)
+        for token in ADDED:
+            reference.add_tokens([transformers.AddedToken(token, **{**flags, **ADDED[token]})])
+        shutil.rmtree(folder)
+        reference.save_pretrained(folder)
+        assert not (folder / "vocab.json").exists()
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["added_tokens.json", "tokenizer_config.json", "tokenizer.json"])
+def test_added_tokens_are_read_as_one_piece_and_kept(tmp_path, pad, layout):
+    """Exactly as transformers reads the same folder, and what we save of it."""
+    folder, rng = with_added_tokens(tmp_path / "theirs", pad, layout), random.Random(0)
+    texts = ["a <cat-toy> dog", "a<CAT-TOY>!", "rex Rex REXes", "<s*>  dog", "toys toy", " ".join(ADDED)]
+    texts += [f"{random_text(rng)}{rng.choice(list(ADDED))}{random_text(rng)}" for _ in range(300)]
+    ours = CLIPTokenizer.read(folder)
+    assert len(ours.encode("<cat-toy>")[0].unique()) == 4 - (pad == "<|endoftext|>")  # start, token, end, pad
+    ours.save(tmp_path / "ours")
+    again = CLIPTokenizer.read(tmp_path / "ours")
+    assert again.added == ours.added and len(again.added) == len(ADDED) and again.vocab == ours.vocab
+    for path in (folder, tmp_path / "ours"):
+        reference = transformers.CLIPTokenizer.from_pretrained(path)
+        expected = reference(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        for tokenizer in (ours, again):
+            assert [t for t, a, b in zip(texts, tokenizer.encode(texts), expected) if not torch.equal(a, b)] == []
 
 
 def test_one_text_is_a_batch_of_one(tokenizer):

@@ -85,7 +85,7 @@ class StableDiffusion:
         require(latents == channels,
                 f"the VAE makes {latents} latent channels, the UNet takes {channels}: an inpainting model?")
         positions, vocabulary = self.text_encoder.config.max_position_embeddings, self.text_encoder.config.vocab_size
-        require(self.tokenizer.max_length <= positions and max(self.tokenizer.vocab.values()) < vocabulary,
+        require(2 <= self.tokenizer.max_length <= positions and max(self.tokenizer.vocab.values()) < vocabulary,
                 f"the tokenizer gives {self.tokenizer.max_length} ids up to {max(self.tokenizer.vocab.values())}, the "
                 f"text encoder takes {positions} below {vocabulary}: parts of two models")
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers, processors
@@ -12,6 +13,7 @@ from tinydb.config import InputError, as_text, read_json
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 PLACEHOLDER = "[V]"  # stands for the identifier in every prompt, as in the DreamBooth paper
+MATCHING = ("normalized", "lstrip", "rstrip", "single_word")  # how an added token is found in a text
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -20,10 +22,14 @@ class CLIPTokenizer:
 
     `vocab` maps tokens to ids, `merges` lists the pairs to join, best first. `pad` is the padding token: the end token
     in SD 1.x, "!" in SD 2.x. Every special token is matched anywhere in a text, the pad token included: in SD 2.x each
-    "!" becomes padding.
+    "!" becomes padding. So are the tokens that somebody `added`, such as the <cat-toy> of a textual inversion: by id,
+    "content" and how to match it.
     """
 
-    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], pad: str = EOS, max_length: int = 77):
+    def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], pad: str = EOS, max_length: int = 77,
+                 added: dict[int, dict[str, Any]] = {}):
+        self.added = added
+        vocab = vocab | {token["content"]: number for number, token in added.items()}
         missing = [token for token in (BOS, EOS, pad) if token not in vocab]
         if missing:
             raise InputError(f"tokenizer: no {' and no '.join(missing)} in the vocabulary; expected CLIP's vocab.json")
@@ -40,6 +46,7 @@ class CLIPTokenizer:
             [pre_tokenizers.Split(Regex(WORDS), "removed", invert=True), pre_tokenizers.ByteLevel(False)])
         self.bpe.post_processor = processors.RobertaProcessing((EOS, vocab[EOS]), (BOS, vocab[BOS]), False, False)
         self.bpe.add_special_tokens([AddedToken(token, normalized=False) for token in (BOS, EOS, pad)])
+        self.bpe.add_tokens([AddedToken(**token) for token in added.values()])
 
     def encode(self, text: str | list[str]) -> Tensor:
         """One text or several -> ids (B, max_length): start, text, end, padding. A text that is too long is cut
@@ -61,32 +68,44 @@ class CLIPTokenizer:
     @classmethod
     def read(cls, folder: Path) -> "CLIPTokenizer":
         """Read a `tokenizer/` folder: vocab.json and merges.txt, or the tokenizer.json that newer programs write."""
-        settings = {}
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the map decides, where there is one
-            if (folder / name).exists():
-                settings |= read_json(folder / name)
-        pad = settings.get("pad_token") or EOS
-        pad = pad.get("content") if isinstance(pad, dict) else pad
         try:
+            settings, model, added = {}, {}, []
+            for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the map decides, where there is one
+                if (folder / name).exists():
+                    settings |= read_json(folder / name)
             if (folder / "vocab.json").exists():
-                vocab = read_json(folder / "vocab.json")
                 lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-                merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+                merges = [line for line in lines if line and not line.startswith("#version")]
+                model = {"vocab": read_json(folder / "vocab.json"), "merges": merges}
             else:
-                model = read_json(folder / "tokenizer.json")["model"]
-                vocab = model["vocab"]
-                merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-        except (OSError, KeyError, TypeError, UnicodeDecodeError) as error:
+                whole = read_json(folder / "tokenizer.json")
+                model, added = whole["model"], whole.get("added_tokens") or []
+            if (folder / "added_tokens.json").exists():  # of older programs
+                added = [{"content": token, "id": i} for token, i in read_json(folder / "added_tokens.json").items()]
+            added += [{"id": i, **token} for i, token in (settings.get("added_tokens_decoder") or {}).items()]
+            vocab = dict(model["vocab"])
+            merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+            pad = settings.get("pad_token") or EOS
+            pad = pad["content"] if isinstance(pad, dict) else pad
+            known = {int(token["id"]): {"content": token["content"], "special": token.get("special") is True,
+                                        **{name: token.get(name, name == "normalized") is True for name in MATCHING}}
+                     for token in added if token["content"] not in (BOS, EOS, pad)}
+            return cls(vocab, merges, pad, min(int(settings.get("model_max_length") or 77), 77), known)
+        except InputError:
+            raise
+        except (OSError, LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise InputError(f"{folder}: not a CLIP tokenizer ({error}); expected vocab.json and merges.txt") from None
-        return cls(vocab, merges, pad, min(settings.get("model_max_length") or 77, 77))
 
     def save(self, folder: Path) -> None:
         """Write vocab.json, merges.txt and the two files of settings, as Stable Diffusion folders carry them."""
         folder.mkdir(parents=True, exist_ok=True)
         tokens = {"bos_token": BOS, "eos_token": EOS, "pad_token": self.pad, "unk_token": EOS}
         settings = {**tokens, "model_max_length": self.max_length, "tokenizer_class": "CLIPTokenizer"}
+        if self.added:
+            settings["added_tokens_decoder"] = self.added
+        vocab = {token: i for token, i in self.vocab.items() if i not in self.added}
         merges = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.merges)
-        (folder / "vocab.json").write_text(json.dumps(self.vocab, ensure_ascii=False), encoding="utf-8")
+        (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
         (folder / "merges.txt").write_text(merges, encoding="utf-8")
         (folder / "special_tokens_map.json").write_text(json.dumps(tokens, indent=2) + "\n", encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

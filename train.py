@@ -45,14 +45,13 @@ from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, load
 from tinydb.prompts import prompt_remarks, read_captions, subject_prompts
 from tinydb.report import sample_command
 from tinydb.run import Run, StopSignal, memory_plan
+from tinydb.scores import open_scorer
 from tinydb.storage import WEIGHT_FILES, check_tensors, read_tensors, save_tensors, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 from tinydb.unet import Transformer2DModel
 
 TINY = Path(__file__).parent / "weights" / "tiny"
 MIN_SCALE = 1e-3  # of fp16's gradients; it starts at 65536, and below this they have vanished
-VALIDATION_EXAMPLES = 8  # of each set
-VALIDATION_STEP = 2**31  # a step that no run reaches, for random numbers of its own
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -85,8 +84,10 @@ class Settings(Checked):
     recompute: bool = option(False, "keep fewer activations and recompute them: less memory, slower", free=True,
                              formerly="checkpointing")
     compile: bool = option(False, "torch.compile the UNet: minutes at the start, faster steps; for long runs")
-    save_every: int = option(200, "steps between checkpoints; 0 is never", least=0, free=True)
-    sample_every: int = option(0, "steps between preview grids; 0 is never", least=0, free=True)
+    save_every: int | None = option(None, "steps between checkpoints; 0 is never (default: recipe)", least=0, free=True)
+    sample_every: int = option(0, "steps between more previews; 0 is never", least=0, free=True)
+    clip: str | None = option(None, "CLIP folder that scores each checkpoint and names the best one (default: "
+                                    "weights/tiny-clip for what the model in the box draws)")
     keep: int = option(2, "checkpoints to keep, besides the best one", least=1, free=True)
     resume: bool = option(False, "continue the run in OUT from its newest checkpoint", noted=False)
     log: str | None = option(None, "also log to tensorboard or wandb", choices=("tensorboard", "wandb"), free=True)
@@ -109,6 +110,7 @@ class Settings(Checked):
             out=self.out or str(Path("runs") / Path(self.images).resolve().name),
             steps=recipe.steps if self.steps is None else self.steps,
             batch=recipe.batch if self.batch is None else self.batch,
+            save_every=recipe.save_every if self.save_every is None else self.save_every,
             class_images=recipe.class_images if self.class_images is None else self.class_images)
 
 
@@ -147,16 +149,6 @@ class DreamBoothLoss(nn.Module):
         target = self.schedule.target(latents, noise, timesteps)
         squared_error = F.mse_loss(prediction.float(), target.float(), reduction="none")
         return squared_error.unflatten(0, (sets, examples)).mean(dim=(1, 2, 3, 4))
-
-
-@torch.no_grad()
-def validate(model: DreamBoothLoss, set_weights: Tensor, batch: Batch) -> float:
-    """The loss on noise and timesteps that are the same at every step: unlike the training loss, this curve is smooth.
-
-    It is measured on the training pictures themselves, so it shows learning, and not when to stop: look at samples.
-    """
-    losses = [model(batch.part(i, 1)) for i in range(batch.timesteps.shape[1])]  # one by one: in no more memory
-    return (torch.stack(losses).mean(0) * set_weights).sum().item()
 
 
 def recompute_activations(model: nn.Module) -> None:
@@ -280,6 +272,7 @@ def main(settings: Settings) -> None:
         run.check_disk(sd, settings)
         run.claim(settings, facts)
         run.save_inputs(instance_images, prompts[0])
+        scorer = open_scorer(settings.clip, sd.info.base.get("name"), [*instance_images.values()], settings.class_noun)
         print(*remarks, memory_plan(sd, settings, dtype), sep="\n", file=sys.stderr)
     run.wait_for_claim(rank)
 
@@ -313,7 +306,7 @@ def main(settings: Settings) -> None:
     set_weights = torch.tensor([1.0, settings.prior_weight][: len(sets)], device=device)
 
     # Where we are: at step 0, or at the newest checkpoint.
-    state = {"step": 0, "best_step": None, "best_loss": None, "scaler": scaler.state_dict(),
+    state = {"step": 0, "scores": {}, "scaler": scaler.state_dict(),
              "class_images": pictures_digest(sum(image_sets[1:], []))}
     if settings.resume and run.checkpoints():
         state = run.read_state(run.checkpoints()[-1], state)
@@ -324,13 +317,14 @@ def main(settings: Settings) -> None:
         parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     num_timesteps = sd.schedule.config.num_train_timesteps
-    validation_batch = random_batch(sets, VALIDATION_EXAMPLES, num_timesteps, settings.seed, VALIDATION_STEP).to(device)
-    usual, subject = f"a photo of {settings.identifier} {settings.class_noun}", f"{PLACEHOLDER} {settings.class_noun}"
-    preview_prompts = [usual, f"{subject} on the moon", f"{subject} in the snow", prior.plain]
+    usual = f"a photo of {settings.identifier} {settings.class_noun}"
     sd.info = replace(sd.info, identifier=settings.identifier, class_noun=settings.class_noun,
                       base=sd.info.base or {"name": weights.resolve().name, "license": "that of this model"})
     if rank == 0:
         run.open_log(state["step"], settings.log, settings)
+        if scorer.clip and state["step"] == 0:  # what scores are measured against
+            scores = scorer.score(run.preview(sd, scorer.prompts, 0, autocast))
+            state["scores"] = {"0": scores} if scores else {}
         run.report()
         print(f"the run as a page: {run.out / 'report.html'}", file=sys.stderr)
 
@@ -371,20 +365,21 @@ def main(settings: Settings) -> None:
             values = dict(zip(("instance_loss", "prior_loss"), losses))
             progress.set_postfix({name: f"{value:.4f}" for name, value in values.items()}, refresh=False)
             if due or asked_to_stop:
-                with autocast():
-                    values["validation_loss"] = loss = validate(model, set_weights, validation_batch)
-                if not math.isfinite(loss):
-                    raise diverged(done, f"the validation loss is {loss}", settings.lr)
-                if due and (state["best_loss"] is None or loss <= state["best_loss"]):
-                    state |= {"best_step": done, "best_loss": loss}
-            if previewing:
-                run.preview(sd, preview_prompts, done, autocast)
+                with torch.no_grad(), autocast():
+                    losses = model(part).tolist()  # of the weights that would be saved
+                if not all(map(math.isfinite, losses)):
+                    raise diverged(done, f"after it the loss is {losses}", settings.lr)
+            if previewing or due and scorer.clip:
+                scores = scorer.score(run.preview(sd, scorer.prompts, done, autocast))
+                values |= scores
+                if due and scores:
+                    state["scores"][str(done)] = scores
             run.log(done, values)
             if asked_to_stop or (due and settings.save_every > 0):  # last, so that whatever it knows of is there
                 sd.info = replace(sd.info, step=done)
                 state["scaler"] = scaler.state_dict()
                 save_checkpoint(run.checkpoint(done), sd, weights, lora, optimizer_tensors(model, optimizer), state)
-                run.drop_checkpoints(settings.keep, state["best_step"])
+                run.drop_checkpoints(settings.keep, scorer.best_step(state["scores"]))
             if previewing or due or asked_to_stop:
                 run.report()
         if asked_to_stop:
@@ -404,10 +399,7 @@ def main(settings: Settings) -> None:
         run.report()
         print(f"\n{result} knows your {settings.class_noun} as {PLACEHOLDER}. Try:\n\n"
               f"    {sample_command(result, settings.class_noun)}\n")
-        if state["best_step"] not in (None, settings.steps):
-            best = run.checkpoint(state["best_step"])
-            print(f"The validation loss was lowest at step {state['best_step']}:\n\n"
-                  f"    {sample_command(best / LORA_FILE if lora else best, settings.class_noun)}\n")
+        print(scorer.advice(state["scores"], run, LORA_FILE if lora else ""), end="")
     if world_size > 1:
         dist.destroy_process_group()
 

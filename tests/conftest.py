@@ -207,6 +207,27 @@ def nano(pairs) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_clip(tmp_path_factory) -> Path:
+    """The folder of a random CLIP that sees 32 pixels."""
+    folder = tmp_path_factory.mktemp("clip")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    save_clip(folder, transformers.CLIPConfig(
+        text_config={**sizes, "vocab_size": len(vocabulary()), "eos_token_id": 2}, projection_dim=16,
+        vision_config={**sizes, "image_size": 32, "patch_size": 8}))
+    return folder
+
+
+def save_clip(folder: Path, config: transformers.CLIPConfig) -> transformers.CLIPModel:
+    """A random CLIP as transformers saves it."""
+    model, side = randomize(transformers.CLIPModel(config), 1), config.vision_config.image_size
+    model.save_pretrained(folder)
+    transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+                                    ).save_pretrained(folder)
+    reference_tokenizer("<|endoftext|>").save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
     """A folder with three photographs of a subject, none of them square."""
     folder = tmp_path_factory.mktemp("photos")

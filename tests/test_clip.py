@@ -1,12 +1,14 @@
 """Both halves of CLIP compute what transformers computes, on folders that transformers wrote."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import edit_json, edit_tensors, randomize, reference_tokenizer, refusal, vocabulary
+from conftest import edit_json, edit_tensors, reference_tokenizer, refusal, save_clip, vocabulary
 from PIL import Image
 from torch import Tensor
 
@@ -31,17 +33,6 @@ def reference_config(shape: dict, text_layers: int, vision_layers: int, projecti
                                    vision_config={**shape["vision"], "num_hidden_layers": vision_layers})
 
 
-def save_reference(folder: Path, config: transformers.CLIPConfig) -> transformers.CLIPModel:
-    """A random CLIP as transformers saves it."""
-    model = randomize(transformers.CLIPModel(config), 1)
-    model.save_pretrained(folder)
-    side = config.vision_config.image_size
-    transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-                                    ).save_pretrained(folder)
-    reference_tokenizer("<|endoftext|>").save_pretrained(folder)
-    return model
-
-
 def pictures() -> list[Image.Image]:
     """One wider than high, one higher than wide, one smaller than what CLIP looks at; neither of even sides."""
     return [Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8))
@@ -59,7 +50,7 @@ def features(model: transformers.CLIPModel, folder: Path) -> tuple[Tensor, Tenso
 
 @pytest.mark.parametrize("shape, projection", [(B32, 512), (L14, 768)], ids=["b32", "l14"])
 def test_unit_vectors_are_those_of_transformers(tmp_path, shape, projection):
-    reference = save_reference(tmp_path, reference_config(shape, 2, 2, projection))
+    reference = save_clip(tmp_path, reference_config(shape, 2, 2, projection))
     clip, (images, text) = tinydb.load_clip(tmp_path), features(reference, tmp_path)
     assert torch.allclose(clip.images(pictures()).norm(dim=1), torch.ones(3))
     assert (clip.images(pictures()) - images).abs().max() <= 1e-4 * images.abs().max()
@@ -67,15 +58,9 @@ def test_unit_vectors_are_those_of_transformers(tmp_path, shape, projection):
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def folder(small_clip, tmp_path) -> Path:
     """A small CLIP to damage."""
-    save_reference(tmp_path / "clip", small())
-    return tmp_path / "clip"
-
-
-def small() -> transformers.CLIPConfig:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    return reference_config({"text": sizes, "vision": {**sizes, "image_size": 32, "patch_size": 8}}, 1, 1, 16)
+    return Path(shutil.copytree(small_clip, tmp_path / "clip"))
 
 
 def test_preprocessing_is_that_of_transformers(folder):
@@ -106,10 +91,15 @@ def test_what_is_saved_opens_in_transformers_again(folder, tmp_path):
     assert saved["size"] == {"shortest_edge": 32} and saved["crop_size"] == {"height": 32, "width": 32}
 
 
+def half_config(folder: Path, half: str) -> dict:
+    """The entries of text_config or vision_config."""
+    return json.loads((folder / "config.json").read_text())[half]
+
+
 def test_older_files_open(folder):
     """They repeat the halves under another name, which decides, and carry buffers that are no weights."""
-    config = small().to_dict()
-    edit_json(folder / "config.json", text_config_dict=config["text_config"], text_config={"num_hidden_layers": 7})
+    text = half_config(folder, "text_config")
+    edit_json(folder / "config.json", text_config_dict=text, text_config={"num_hidden_layers": 7})
     edit_tensors(folder / "model.safetensors", lambda tensors: tensors | {
         f"{half}_model.embeddings.position_ids": torch.arange(9.0)[None] for half in ("text", "vision")})
     assert tinydb.load_clip(folder).text(["a dog"]).shape == (1, 16)
@@ -136,7 +126,7 @@ def test_a_folder_that_is_no_clip_is_refused(folder, tmp_path, pairs):
     (None, {"vision_config": [1]}, "vision_config: expected an object of settings"),
 ], ids=str)
 def test_a_config_that_cannot_be_built_is_refused_by_name(folder, half, change, expected):
-    edit_json(folder / "config.json", **({half: small().to_dict()[half] | change} if half else change))
+    edit_json(folder / "config.json", **({half: half_config(folder, half) | change} if half else change))
     assert expected in refusal(tinydb.load_clip, folder)
 
 

@@ -219,13 +219,29 @@ def test_finished_run_writes_its_model_again(teach, begun, photos, tmp_path):
     assert files(out / "model") == files(begun / "model")
 
 
-def test_best_step_is_remembered(teach, tmp_path, monkeypatch, capsys):
-    losses = iter([1.0, 2.0, 3.0, 4.0])
-    monkeypatch.setattr(train, "validate", lambda *_: next(losses))
-    out = teach(tmp_path / "out", steps=2, save_every=1, keep=1)
-    teach(out, steps=4, save_every=1, keep=1, resume=True)
-    assert checkpoints(out) == ["step-000001", "step-000004"]
-    assert "lowest at step 1" in capsys.readouterr().out.rpartition("knows your dog")[2]
+def test_scores_are_remembered(teach, small_clip, tmp_path, monkeypatch):
+    """The interrupted run draws and scores what the uninterrupted one does, and names the same step."""
+    settings = {"save_every": 1, "keep": 1, "clip": str(small_clip)}
+    whole = teach(tmp_path / "whole", steps=4, **settings)
+    out = teach(tmp_path / "out", steps=2, **settings)
+    teach(out, steps=4, resume=True, **settings)
+    assert files(out / "checkpoints") == files(whole / "checkpoints")
+    assert files(out / "samples") == files(whole / "samples")
+
+
+def test_run_from_before_there_were_scores_goes_on(teach, begun, whole, small_clip, tmp_path):
+    """It has nothing to measure its steps against, so it recommends none."""
+    out = copied(begun, tmp_path)
+    for path in out.glob("checkpoints/*/state.json"):
+        state = json.loads(path.read_text())
+        del state["scores"]
+        path.write_text(json.dumps({**state, "best_step": 2, "best_loss": 0.5}))
+    edit_json(out / "config.json", save_every=2)
+    config = json.loads((out / "config.json").read_text())
+    del config["clip"]
+    (out / "config.json").write_text(json.dumps(config))
+    teach(out, save_every=2, resume=True)
+    assert files(out / "model") == files(whole / "model")
 
 
 def test_folders_that_somebody_put_among_the_checkpoints(teach, begun, whole, tmp_path):

@@ -26,12 +26,13 @@ import train
 from convert_weights import SD1
 from tinydb.class_images import ClassImages
 from tinydb.config import Recipe, ScheduleConfig
-from tinydb.data import Batch, Latents, fit, open_picture, random_batch
+from tinydb.data import Batch, Latents, fit, open_picture, random_batch, read_pictures
 from tinydb.diffusion import NoiseSchedule
 from tinydb.layers import ResnetBlock2D
 from tinydb.pictures import grid, save_png
 from tinydb.cli import choose_dtype
 from tinydb.run import Run, memory_plan
+from tinydb.scores import Scorer
 from train import DreamBoothLoss, Settings
 
 PROMPTS = ["a photo of ohwx dog", "a photo of a dog"]
@@ -44,8 +45,13 @@ def distance(tensors: list[Tensor], others: list[Tensor]) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
 
 
-def validation_losses(out: Path) -> list[float]:
-    return [line["validation_loss"] for line in metrics(out) if "validation_loss" in line]
+def loss_on_fixed_noise(folder: Path, run: Path) -> float:
+    """What a checkpoint's loss is on the pictures of its run, with noise and timesteps that no step drew."""
+    sd, [class_images] = tinydb.load(folder), (run / "class_images").iterdir()
+    sets = [Latents.of(read_pictures(pictures, sd.resolution)[0].values(), sd.vae, sd.device)
+            for pictures in (Path(config_of(run)["images"]), class_images)]
+    batch = random_batch(sets, 8, sd.schedule.config.num_train_timesteps, 0, 2**31)
+    return train.DreamBoothLoss(sd, ["a photo of ohwx dog", "a photo of a dog"], False)(batch).sum().item()
 
 
 # ------------------------------------------------------------------------------------- the training step
@@ -266,7 +272,6 @@ def test_config_tells_everything_that_ran(taught, photos, nano):
 def test_metrics_hold_every_step(taught):
     assert [line["step"] for line in metrics(taught)] == [1, 2, 3, 4, 5]
     assert all(line["instance_loss"] > 0 and line["prior_loss"] > 0 for line in metrics(taught))
-    assert [line["step"] for line in metrics(taught) if "validation_loss" in line] == [2, 4, 5]
 
 
 def test_model_notes_what_it_was_taught_and_the_run_ends_with_a_command(teach, nano, tmp_path, capsys):
@@ -285,27 +290,61 @@ def test_out_is_named_after_the_pictures(one_thread, nano, photos, tmp_path, mon
     assert (tmp_path / "rex" / "runs" / "rex" / "model").is_dir()
 
 
-def test_validation_has_its_own_noise_which_stays_the_same(teach, tmp_path):
-    """With weights that stay as they are, the training loss moves on and the validation loss does not; and it is none
-    of the training's losses, which here come from batches of the same size."""
-    lines = metrics(teach(tmp_path / "out", batch=8, save_every=1, **HELD))
-    training = {line["instance_loss"] + line["prior_loss"] for line in lines}
-    [validation] = {line["validation_loss"] for line in lines}
-    assert len(training) == 4 and all(validation != pytest.approx(loss, rel=1e-3) for loss in training)
+def test_checkpoints_are_scored(teach, small_clip, tmp_path):
+    """By the likeness of their pictures to the subject's, and by the prompt without the identifier; at step 0 too."""
+    out = teach(tmp_path / "out", steps=4, save_every=2, clip=str(small_clip), **HELD)
+    assert [line["step"] for line in metrics(out) if "likeness" in line] == [2, 4]
+    state = json.loads((out / "checkpoints" / "step-000004" / "state.json").read_text())
+    assert list(state["scores"]) == ["0", "2", "4"]
+    assert state["scores"]["2"] == {name: metrics(out)[1][name] for name in ("likeness", "prompt")}
+    sheets = [(out / "samples" / f"step-{step:06d}.png").read_bytes() for step in (0, 2, 4)]
+    assert sheets[0] == sheets[1] == sheets[2]  # from the same noise, with weights that did not move
+    assert state["scores"]["0"] == state["scores"]["2"]
+
+    clip, prompts = tinydb.load_clip(small_clip), Image.open(out / "samples" / "step-000002.png").info["parameters"]
+    text = clip.text([prompt.replace("[V] ", "") for prompt in prompts.split(" | ")[:-1]])
+    pictures, _ = read_pictures(Path(config_of(out)["images"]), 16)
+    sd = tinydb.load(out / "model")
+    images = clip.images(sd.generate(prompts.split(" | "), steps=1, sampler="dpm")[:-1])
+    assert state["scores"]["2"] == {
+        "likeness": pytest.approx((images @ clip.images(list(pictures.values())).T).mean().item(), abs=1e-5),
+        "prompt": pytest.approx((images * text).sum(1).mean().item(), abs=1e-5)}
 
 
-@pytest.mark.parametrize("losses, keep, kept", [
-    ([3.0, 1.0, 2.0, 2.5, 1.5], 1, [2, 5]), ([3.0, 2.0, 1.0], 2, [2, 3]),
-], ids=["in-the-middle", "the-last"])
-def test_best_step_is_kept_and_named(teach, tmp_path, monkeypatch, capsys, losses, keep, kept):
-    """Unless it is the last, which is the result."""
-    coming = iter(losses)
-    monkeypatch.setattr(train, "validate", lambda *_: next(coming))
-    out = teach(tmp_path / "out", steps=len(losses), save_every=1, keep=keep)
+def scored(monkeypatch, scores: list[tuple[float, float]]) -> None:
+    """Let CLIP say this of the pictures of step 0, and of each checkpoint in turn; photographs are alike by 0.8, and
+    fit the prompts by 0.1."""
+    coming = iter(scores)
+    monkeypatch.setattr(Scorer, "score", lambda *_: dict(zip(("likeness", "prompt"), next(coming))))
+    monkeypatch.setattr(Scorer, "photographs", property(lambda _: {"likeness": 0.8, "prompt": 0.1},
+                                                        lambda *_: None), raising=False)
+
+
+@pytest.mark.parametrize("scores, keep, kept, said", [
+    ([(0.3, 0.2), (0.4, 0.2), (0.75, 0.19), (0.8, 0.12)], 1, [2, 3], "step 2 is the best"),
+    ([(0.3, 0.2), (0.8, 0.2), (0.9, 0.3), (0.8, 0.2)], 1, [1, 3], "step 1 is the best"),  # all that there is to gain
+    ([(0.3, 0.2), (0.4, 0.2), (0.7, 0.19), (0.8, 0.19)], 2, [2, 3], "no earlier checkpoint is better"),
+], ids=["in-the-middle", "the-first-of-equals", "the-last"])
+def test_best_step_is_kept_and_named(teach, small_clip, tmp_path, monkeypatch, capsys, scores, keep, kept, said):
+    scored(monkeypatch, scores)
+    out = teach(tmp_path / "out", steps=len(scores) - 1, save_every=1, keep=keep, clip=str(small_clip))
     assert names(out / "checkpoints") == [f"step-00000{step}" for step in kept]
-    printed, is_last = capsys.readouterr().out, min(losses) == losses[-1]
-    assert ("lowest at step 2" in printed) != is_last
-    assert (str(out / "checkpoints" / "step-000002") in printed) != is_last
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert (str(out / "checkpoints" / f"step-00000{kept[0]}") in printed) == (kept[0] != 2 or keep == 1)
+
+
+def test_without_a_clip_nothing_is_scored_or_recommended(teach, tmp_path, capsys):
+    out = teach(tmp_path / "out", save_every=1)
+    printed = capsys.readouterr()
+    assert printed.err.count("no --clip: checkpoints are not scored, and none is recommended") == 1
+    assert "CLIP" not in printed.out and not (out / "samples").exists()
+
+
+def test_a_folder_that_is_no_clip_is_refused_before_the_work(teach, nano, tmp_path):
+    assert "no such folder; expected a CLIP" in refusal(teach, tmp_path / "out", clip=str(tmp_path / "none"))
+    assert "config.json: no such file" in refusal(teach, tmp_path / "out", clip=str(nano))
+    assert not (tmp_path / "out" / "class_images").exists()
 
 
 def test_save_every_0_writes_the_result_alone(teach, tmp_path):
@@ -336,14 +375,13 @@ def test_preview_that_fails_does_not_end_the_run(teach, tmp_path, monkeypatch, c
 
 def test_loss_falls_in_fp32_and_in_bf16(teach, tmp_path):
     """By different paths; the weights are fp32 in both."""
-    full, low = [teach(tmp_path / precision, precision=precision, steps=20, save_every=10)
-                 for precision in ("fp32", "bf16")]
-    for out in (full, low):
-        losses = validation_losses(out)
-        assert losses == sorted(losses, reverse=True) and losses[-1] < 0.9 * losses[0]
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        out = teach(tmp_path / precision, precision=precision, steps=20, save_every=10)
+        losses[precision] = [loss_on_fixed_noise(path, out) for path in sorted((out / "checkpoints").iterdir())]
+        assert losses[precision][1] < 0.9 * losses[precision][0]
         assert {tensor.dtype for tensor in load_file(out / "model" / UNET).values()} == {torch.float32}
-    assert validation_losses(low) == pytest.approx(validation_losses(full), rel=0.05)
-    assert validation_losses(low) != validation_losses(full)
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05) and losses["bf16"] != losses["fp32"]
 
 
 @pytest.fixture
@@ -412,13 +450,14 @@ def test_vae_of_the_result_is_the_bases_weights_and_nothing_else(teach, nano, tm
         assert (folder / VAE).read_bytes() == (nano / VAE).read_bytes()
 
 
-@pytest.mark.parametrize("steps, save_every, when", [(5, 5, "step 2: the loss"), (5, 1, "step 1: the validation loss"),
-                                                     (1, 0, "step 1: the validation loss")])
+@pytest.mark.parametrize("steps, save_every, when", [(5, 5, "step 2: the loss is [nan"),
+                                                     (5, 1, "step 1: after it the loss is [nan"),
+                                                     (1, 0, "step 1: after it the loss is [nan")])
 def test_weights_that_are_not_finite_are_not_saved(teach, tmp_path, steps, save_every, when):
     """The loss of the first step is finite still."""
     out = tmp_path / "out"
     text = refusal(teach, out, lr=1e30, steps=steps, save_every=save_every)
-    assert when in text and "nan" in text and "--lr" in text and "--precision fp32" in text
+    assert when in text and "--lr" in text and "--precision fp32" in text
     assert not (out / "model").exists() and not (out / "checkpoints").exists()
 
 

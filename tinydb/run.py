@@ -158,18 +158,21 @@ class Run:
 
     def read_state(self, checkpoint: Path, now: dict[str, Any]) -> dict[str, Any]:
         """The state of a checkpoint; InputError where it is not whole, or of other class images than the state `now`
-        (an older run does not say)."""
-        state = read_json(checkpoint / "state.json")
-        numbers = state.get("scaler")
-        whole = (state.keys() >= now.keys() - {"class_images"} and state["step"] == self.step_of(checkpoint)
-                 and isinstance(state["best_step"], int | None) and isinstance(state["best_loss"], float | int | None)
+        (an older run does not say, and has no scores)."""
+        stored = read_json(checkpoint / "state.json")
+        state = now | {name: value for name, value in stored.items() if name in now}
+        numbers, scores = state["scaler"], state["scores"]
+        whole = (stored.keys() >= now.keys() - {"class_images", "scores"} and state["step"] == self.step_of(checkpoint)
                  and isinstance(numbers, dict) and numbers.keys() == now["scaler"].keys()
-                 and all(isinstance(number, float | int) for number in numbers.values()))
+                 and all(isinstance(number, float | int) for number in numbers.values())
+                 and isinstance(scores, dict) and all(step.isdecimal() for step in scores)
+                 and all(isinstance(score, dict) and sorted(score) == ["likeness", "prompt"]
+                         and all(isinstance(value, float) for value in score.values()) for score in scores.values()))
         require(whole, f"{checkpoint / 'state.json'}: damaged; delete this checkpoint to go on from the one before it")
-        require(state.get("class_images", now["class_images"]) == now["class_images"],
+        require(state["class_images"] == now["class_images"],
                 "--resume: the class images are not those that the run began with; bring them back, or give another "
                 "--out")
-        return now | state
+        return state
 
     def drop_checkpoints(self, keep: int, best_step: int | None) -> None:
         """Delete all but the newest `keep` checkpoints and the best one."""
@@ -206,15 +209,17 @@ class Run:
         self.track(values, step)
 
     def preview(self, sd: StableDiffusion, prompts: list[str], step: int,
-                autocast: Callable[[], AbstractContextManager]) -> None:
-        """A grid of pictures from the same noise each time."""
+                autocast: Callable[[], AbstractContextManager]) -> list[Image.Image]:
+        """A picture for each prompt, from the same noise each time, quickly drawn; none where that failed."""
+        images = []
         with extra("preview"):
             sd.vae.to(sd.device)
             with autocast():
-                images = sd.generate(prompts)
+                images = sd.generate(prompts, steps=max(1, sd.info.recipe.sample_steps // 3), sampler="dpm")
             with written_whole(self.out / "samples" / f"step-{step:06d}.png") as temporary:
                 save_png(grid(images, len(images)), temporary, " | ".join(prompts))
         sd.vae.to("cpu")
+        return images
 
     def report(self) -> None:
         """Make report.html anew."""

@@ -1,5 +1,6 @@
-"""A CLIP folder to ask: how well pictures fit prompts, and one another."""
+"""A CLIP folder to ask: how well pictures fit prompts, and one another; and which checkpoint of a run is the best."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,12 +8,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tinydb.class_images import class_prompt
 from tinydb.clip import MEAN, STD, CLIPModel, preprocess
 from tinydb.config import CLIPConfig, read_json, require, write_json
+from tinydb.report import sample_command
+from tinydb.run import Run
 from tinydb.storage import build_model, read_tensors, save_tensors, written_whole
-from tinydb.tokenizer import CLIPTokenizer
+from tinydb.tokenizer import PLACEHOLDER, CLIPTokenizer
 
 BATCH = 16  # pictures or prompts at once
+TINY_CLIP = Path(__file__).parent.parent / "weights" / "tiny-clip"
+TINY_NAME = "tinydb world model"  # the base of the model in the box, and of what was taught to it
+
+Score = dict[str, float]  # "likeness" to the subject's pictures, and "prompt": that without the identifier; cosines
 
 
 @dataclass
@@ -63,3 +71,75 @@ def load_clip(folder: str | Path, device: torch.device | str = "cpu", dtype: tor
     path = folder / "model.safetensors"
     model = build_model(CLIPModel, config, "clip", read_tensors(path), path).to(device, dtype)
     return CLIP(model, CLIPTokenizer.read(folder))
+
+
+def fraction(value: float, zero: float, one: float) -> float:
+    """How far `value` is on the way from `zero` to `one`, within 0 and 1."""
+    return min(1.0, max(0.0, (value - zero) / max(one - zero, 1e-3)))
+
+
+class Scorer:
+    """The prompts whose pictures show how far a run is, and what CLIP says of these pictures, where there is one."""
+
+    def __init__(self, clip: CLIP | None, pictures: list[Image.Image], class_noun: str):
+        subject = f"{PLACEHOLDER} {class_noun}"
+        self.clip, self.class_noun = clip, class_noun
+        self.prompts = [f"a photo of {subject}", f"{subject} on the moon", f"{subject} in the snow",
+                        f"{subject} under the sea", f"{subject} wearing a red hat", class_prompt(class_noun)]
+        if clip is not None:
+            self.subject = clip.images(pictures)
+            self.text = clip.text([prompt.replace(f"{PLACEHOLDER} ", "") for prompt in self.prompts[:-1]])
+            others = ~torch.eye(len(pictures), dtype=torch.bool)
+            among = (self.subject @ self.subject.T)[others]
+            self.photographs = {"likeness": among.mean().item() if len(pictures) > 1 else 1.0,
+                                "prompt": (self.subject @ self.text.T).mean().item()}
+
+    def score(self, images: list[Image.Image]) -> Score:
+        """The means of CLIP-I and CLIP-T (arXiv 2208.12242, section 4.3) over one picture for each of `prompts`; the
+        last, which is of the class, is for the eye alone. Empty without a CLIP, or without pictures."""
+        if self.clip is None or not images:
+            return {}
+        features = self.clip.images(images[:-1])
+        return {"likeness": (features @ self.subject.T).mean().item(),
+                "prompt": (features * self.text).sum(1).mean().item()}
+
+    def best_step(self, scores: dict[str, Score]) -> int | None:
+        """The step at which learnt + kept is largest, the earlier of two:
+
+            learnt = 0 where pictures are as like the subject as those of step 0, 1 where as its pictures are alike
+            kept   = 1 where pictures fit their prompts as those of step 0, 0 where no more than the subject's pictures
+
+        None where there is no choice. `scores` by step.
+        """
+        after = {int(step): score for step, score in scores.items() if step != "0"}
+        if self.clip is None or "0" not in scores or len(after) < 2:
+            return None
+        before, photographs = scores["0"], self.photographs
+
+        def merit(step: int) -> float:
+            learnt = fraction(after[step]["likeness"], before["likeness"], photographs["likeness"])
+            return learnt + fraction(after[step]["prompt"], photographs["prompt"], before["prompt"])
+
+        return max(after, key=merit)
+
+    def advice(self, scores: dict[str, Score], run: Run, file: str) -> str:
+        """What to say at the end of a run: the best step and how to sample it, by `file` in its checkpoint."""
+        best, last = self.best_step(scores), max(map(int, scores), default=0)
+        if best is None:
+            return ""
+        if best == last:
+            return "By CLIP, no earlier checkpoint is better than this.\n\n"
+        numbers = ", ".join(f"{name} {value:.3f} (step {last}: {scores[str(last)][name]:.3f})"
+                            for name, value in scores[str(best)].items())
+        return (f"By CLIP, step {best} is the best: {numbers}. Compare:\n\n"
+                f"    {sample_command(run.checkpoint(best) / file, self.class_noun)}\n\n")
+
+
+def open_scorer(folder: str | None, base: str | None, pictures: list[Image.Image], class_noun: str) -> Scorer:
+    """The scorer of a run, with the CLIP in `folder`, or the one in the box for models whose `base` is in the box."""
+    if folder is None and base == TINY_NAME and TINY_CLIP.exists():
+        folder = str(TINY_CLIP)
+    if folder is None:
+        print("no --clip: checkpoints are not scored, and none is recommended (`python convert_weights.py "
+              "openai/clip-vit-base-patch32 weights/clip` fetches one)", file=sys.stderr)
+    return Scorer(None if folder is None else load_clip(folder), pictures, class_noun)

@@ -31,6 +31,7 @@ import tinydb
 import train
 from tinydb.config import (InputError, ModelInfo, Recipe, ScheduleConfig, TextConfig, UNetConfig, VAEConfig,
                            write_json)
+from tinydb.data import Latents, random_batch, read_pictures
 
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
@@ -286,6 +287,15 @@ def refusal(action: Callable, *arguments: Any, **settings: Any) -> str:
 def metrics(out: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def loss_on_fixed_noise(sd: tinydb.StableDiffusion, run: Path) -> float:
+    """The loss of a model on the pictures of a run, with noise and timesteps that no step drew."""
+    config, [class_images] = json.loads((run / "config.json").read_text()), (run / "class_images").iterdir()
+    sets = [Latents.of(read_pictures(folder, sd.resolution)[0].values(), sd.vae, sd.device)
+            for folder in (Path(config["images"]), class_images)]
+    batch = random_batch(sets, 8, sd.schedule.config.num_train_timesteps, 0, 2**31)
+    return train.DreamBoothLoss(sd, ["a photo of ohwx dog", "a photo of a dog"], False)(batch).sum().item()
 
 
 def names(folder: Path) -> list[str]:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TEXT, UNET, VAE, Pair, difference, files, metrics, names, prefixed, refusal
+from conftest import (TEXT, UNET, VAE, Pair, difference, files, loss_on_fixed_noise, metrics, names, prefixed,
+                      refusal)
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from processes import arguments, raise_out_of_memory, start
@@ -43,15 +44,6 @@ def distance(tensors: list[Tensor], others: list[Tensor]) -> float:
     """How far two lists of tensors are apart, relative to the second."""
     ours, theirs = (torch.cat([tensor.flatten() for tensor in each]) for each in (tensors, others))
     return ((ours - theirs).norm() / theirs.norm()).item()
-
-
-def loss_on_fixed_noise(folder: Path, run: Path) -> float:
-    """What a checkpoint's loss is on the pictures of its run, with noise and timesteps that no step drew."""
-    sd, [class_images] = tinydb.load(folder), (run / "class_images").iterdir()
-    sets = [Latents.of(read_pictures(pictures, sd.resolution)[0].values(), sd.vae, sd.device)
-            for pictures in (Path(config_of(run)["images"]), class_images)]
-    batch = random_batch(sets, 8, sd.schedule.config.num_train_timesteps, 0, 2**31)
-    return train.DreamBoothLoss(sd, ["a photo of ohwx dog", "a photo of a dog"], False)(batch).sum().item()
 
 
 # ------------------------------------------------------------------------------------- the training step
@@ -378,7 +370,7 @@ def test_loss_falls_in_fp32_and_in_bf16(teach, tmp_path):
     losses = {}
     for precision in ("fp32", "bf16"):
         out = teach(tmp_path / precision, precision=precision, steps=20, save_every=10)
-        losses[precision] = [loss_on_fixed_noise(path, out) for path in sorted((out / "checkpoints").iterdir())]
+        losses[precision] = [loss_on_fixed_noise(tinydb.load(path), out) for path in sorted((out / "checkpoints").iterdir())]
         assert losses[precision][1] < 0.9 * losses[precision][0]
         assert {tensor.dtype for tensor in load_file(out / "model" / UNET).values()} == {torch.float32}
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05) and losses["bf16"] != losses["fp32"]
@@ -489,7 +481,7 @@ def test_disk_that_was_enough_to_start_is_enough_to_resume(teach, nano, tmp_path
     def suffices(free: int) -> bool:
         free_disk(monkeypatch, free)
         try:
-            Run(out).check_disk(sd, Settings())
+                Run(out).check_disk(sd, Settings(save_every=1))
         except tinydb.InputError:
             return False
         return True

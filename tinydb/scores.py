@@ -17,7 +17,6 @@ from tinydb.storage import build_model, read_tensors, save_tensors, written_whol
 from tinydb.tokenizer import PLACEHOLDER, CLIPTokenizer
 
 BATCH = 16  # pictures or prompts at once
-TINY_CLIP = Path(__file__).parent.parent / "weights" / "tiny-clip"
 TINY_NAME = "tinydb world model"  # the base of the model in the box, and of what was taught to it
 
 Score = dict[str, float]  # "likeness" to the subject's pictures, and "prompt": that without the identifier; cosines
@@ -137,8 +136,9 @@ class Scorer:
 
 def open_scorer(folder: str | None, base: str | None, pictures: list[Image.Image], class_noun: str) -> Scorer:
     """The scorer of a run, with the CLIP in `folder`, or the one in the box for models whose `base` is in the box."""
-    if folder is None and base == TINY_NAME and TINY_CLIP.exists():
-        folder = str(TINY_CLIP)
+    in_the_box = Path(__file__).parent.parent / "weights" / "tiny-clip"
+    if folder is None and base == TINY_NAME and in_the_box.exists():
+        folder = str(in_the_box)
     if folder is None:
         print("no --clip: checkpoints are not scored, and none is recommended (`python convert_weights.py "
               "openai/clip-vit-base-patch32 weights/clip` fetches one)", file=sys.stderr)

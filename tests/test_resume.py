@@ -312,8 +312,8 @@ def test_replaced_class_images_are_refused(teach, begun, whole, tmp_path, replac
     assert "class images are not those" in refusal(teach, out, save_every=2, resume=True)
 
 
-@pytest.mark.parametrize("changes", [{"best_step": "x"}, {"best_loss": [1]}, {"scaler": {"scale": 1}}, {"scaler": None},
-                                     {"step": 10**9}, {"step": None}], ids=str)
+@pytest.mark.parametrize("changes", [{"scores": [1]}, {"scores": {"2": {"likeness": 0.5}}}, {"scaler": {"scale": 1}},
+                                     {"scaler": None}, {"step": 10**9}, {"step": None}], ids=str)
 def test_senseless_state_is_refused(teach, begun, tmp_path, changes):
     out = copied(begun, tmp_path)
     edit_json(out / "checkpoints" / "step-000002" / "state.json", **changes)

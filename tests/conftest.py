@@ -295,7 +295,8 @@ def loss_on_fixed_noise(sd: tinydb.StableDiffusion, run: Path) -> float:
     sets = [Latents.of(read_pictures(folder, sd.resolution)[0].values(), sd.vae, sd.device)
             for folder in (Path(config["images"]), class_images)]
     batch = random_batch(sets, 8, sd.schedule.config.num_train_timesteps, 0, 2**31)
-    return train.DreamBoothLoss(sd, ["a photo of ohwx dog", "a photo of a dog"], False)(batch).sum().item()
+    prompts = [[prompt] * len(known.mean) for prompt, known in zip(("a photo of ohwx dog", "a photo of a dog"), sets)]
+    return train.DreamBoothLoss(sd, prompts, False)(batch).sum().item()
 
 
 def names(folder: Path) -> list[str]:

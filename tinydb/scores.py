@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tinydb.class_images import class_prompt
 from tinydb.clip import MEAN, STD, CLIPModel, preprocess
 from tinydb.config import CLIPConfig, read_json, require, write_json
+from tinydb.prompts import class_prompt
 from tinydb.report import sample_command
 from tinydb.run import Run
 from tinydb.storage import build_model, read_tensors, save_tensors, written_whole

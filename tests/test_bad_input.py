@@ -1,11 +1,13 @@
 """What cannot be used is refused in one line that names the thing and the cure."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import UNET, edit_json, edit_tensors, refusal
+from conftest import TEXT, UNET, VAE, edit_json, edit_tensors, refusal
 from torch import Tensor
 
 import tinydb
@@ -135,12 +137,35 @@ def test_git_lfs_pointer(folder):
     assert_refused(folder, UNET, "git-lfs pointer", "git lfs pull")
 
 
-@pytest.mark.parametrize("content", [b"", b'{"in_channels": 4', b"\xff\xfe\x00", b"[1, 2]"],
-                         ids=["empty", "truncated", "binary", "a list"])
+@pytest.mark.parametrize("content", [b"", b'{"in_channels": 4', b"\xff\xfe\x00", b"[1, 2]",
+                                     b'{"a":' + 200_000 * b"[" + 200_000 * b"]" + b"}", b"{" + 101_000_000 * b" " + b"}"],
+                         ids=["empty", "truncated", "binary", "a list", "nested", "huge"])
 @pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "tokenizer/tokenizer_config.json"])
 def test_damaged_json(folder, file, content):
     (folder / file).write_bytes(content)
     assert_refused(folder, file)
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "tinydb.json", "vae/config.json", UNET, "tokenizer/merges.txt"])
+def test_pipe_in_place_of_a_file(folder, pairs, file):
+    """It would be read forever."""
+    pairs("sd1").sd.tokenizer.save(folder / "tokenizer")
+    (folder / file).unlink(missing_ok=True)
+    os.mkfifo(folder / file)
+    assert_refused(folder, file.split("/")[0], "not a file")
+
+
+def test_tensor_under_two_names(folder, pairs):
+    """Of which one would be taken, and nobody knows which."""
+    name = "decoder.mid_block.attentions.0.{}.weight"
+    for file, names in ((TEXT, ("text_model.final_layer_norm.bias", "final_layer_norm.bias")),
+                        (VAE, (name.format("to_q"), name.format("query")))):
+        def add(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {names[1]: next(tensors[n] for n in names if n in tensors) + 1, **tensors, names[0]: torch.ones(1)}
+
+        shutil.copytree(pairs("sd1").folder, folder, dirs_exist_ok=True)
+        edit_tensors(folder / file, add)
+        assert_refused(folder, "a second tensor for", names[0])
 
 
 def remove_merges(folder: Path) -> None:

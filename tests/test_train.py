@@ -252,6 +252,15 @@ def test_inputs_show_what_the_model_sees(taught, photos):
     assert shown.text["parameters"].splitlines() == [f"{i}.png: {PROMPTS[0]}" for i in range(3)]
 
 
+@pytest.mark.parametrize("count", [41, 700])
+def test_inputs_of_many_pictures_stay_small(tmp_path, count):
+    pictures = {f"{i}.png": Image.new("RGB", (512, 512), "red") for i in range(count)}
+    Run(tmp_path).save_inputs(pictures, [f"a photo of {name}" for name in pictures])
+    shown = Image.open(tmp_path / "inputs.png")
+    assert shown.width == 5 * 512 and 8 * 512 <= shown.height < 8 * 560
+    assert len(shown.text["parameters"].splitlines()) == 40
+
+
 def test_config_tells_everything_that_ran(taught, photos, nano):
     config = config_of(taught)
     assert config.pop("run").keys() == {"world_size", "device", "precision", "pictures", "model"}

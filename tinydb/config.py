@@ -14,6 +14,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, get_args, get_origin
 
+LARGEST_JSON = 100e6  # bytes; CLIP's tokenizer.json has 4e6
+
 
 class InputError(ValueError):
     """What the user gave cannot be used. The text is one line: what was given, what was expected, the cure."""
@@ -34,9 +36,18 @@ def as_text(text: str) -> str:
     return text
 
 
+def check_file(path: Path, most: float = math.inf) -> None:
+    """OSError where `path` is a pipe or a device, reading which may never end, or has more than `most` bytes."""
+    if path.exists() and not path.is_file():
+        raise OSError("not a file")
+    if path.stat().st_size > most:
+        raise OSError(f"{path.stat().st_size / 1e6:.0f} MB, more than {most / 1e6:.0f}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; InputError where there is none."""
     try:
+        check_file(path, LARGEST_JSON)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a model folder has one (see convert_weights.py)") from None

@@ -27,6 +27,8 @@ from tinydb.pipeline import StableDiffusion
 from tinydb.report import write_report
 from tinydb.storage import check_free_disk, lock, remove, written_whole
 
+MOST_SHOWN = 40  # pictures in inputs.png
+
 
 class StopSignal:
     """Remembers that the user asked the run to stop. The loop looks at the end of a step, when nothing is lost."""
@@ -184,9 +186,10 @@ class Run:
 
     def save_inputs(self, pictures: dict[str, Image.Image], prompts: list[str]) -> None:
         """Show what the model sees, and what it is told: is the subject in the middle, and whole?"""
-        text = "\n".join(f"{name}: {prompt}" for name, prompt in zip(pictures, prompts))
+        names, shown = list(pictures)[:MOST_SHOWN], list(pictures.values())[:MOST_SHOWN]
+        text = "\n".join(f"{name}: {prompt}" for name, prompt in zip(names, prompts))
         with written_whole(self.out / "inputs.png") as temporary:
-            save_png(grid(list(pictures.values()), min(len(pictures), 5), prompts), temporary, text)
+            save_png(grid(shown, min(len(shown), 5), prompts[: len(shown)]), temporary, text)
 
     def open_log(self, step: int, tracker: str | None, settings: Any) -> None:
         """Open metrics.jsonl to append to, cut back to what a checkpoint at `step` knows of, and the tracker."""

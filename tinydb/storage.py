@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tinydb.config import InputError, PartConfig, require
+from tinydb.config import InputError, PartConfig, check_file, require
 
 try:
     import fcntl
@@ -70,13 +70,19 @@ def canonical_name(part: str, name: str) -> str | None:
 
 
 def canonical_names(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights among `tensors`, under their canonical names."""
-    named = {canonical_name(part, name): tensor for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in named.items() if name is not None}
+    """The weights among `tensors`, under their canonical names; InputError where two have the same."""
+    named = {}
+    for name, tensor in tensors.items():
+        canonical = canonical_name(part, name)
+        require(canonical not in named, f"{name}: a second tensor for {canonical}; which of them is meant?")
+        if canonical is not None:
+            named[canonical] = tensor
+    return named
 
 
 def refuse_pointer(path: Path) -> None:
     """InputError where a file is what git-lfs leaves in its place."""
+    check_file(path)
     with path.open("rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
             raise InputError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull` where it came from")

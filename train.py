@@ -46,7 +46,7 @@ from tinydb.prompts import prompt_remarks, read_captions, subject_prompts
 from tinydb.report import sample_command
 from tinydb.run import Run, StopSignal, memory_plan
 from tinydb.scores import open_scorer
-from tinydb.storage import WEIGHT_FILES, check_tensors, read_tensors, save_tensors, written_whole
+from tinydb.storage import WEIGHT_FILES, check_tensors, model_folder, read_tensors, save_tensors, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 from tinydb.unet import Transformer2DModel
 
@@ -247,7 +247,7 @@ def main(settings: Settings) -> None:
     autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
     # The model, in fp32 whatever the precision: a step of 1e-6 would be lost in the 8 bits of a bf16 weight.
-    weights = Path(settings.weights)
+    weights = model_folder(settings.weights)
     sd = load(weights, device)
     settings = settings.resolve(sd.info.recipe)
     run = Run(Path(settings.out))

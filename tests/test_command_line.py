@@ -14,6 +14,7 @@ import train
 from tinydb import cli
 from tinydb.class_images import plain_noun
 from tinydb.cli import choose_device
+from tinydb.storage import fingerprint
 
 
 @pytest.fixture
@@ -86,6 +87,20 @@ def test_photographs_in_subfolders_are_named(refused, nano, photos, tmp_path, in
     error = refused("train.py", "--images=in", "--class=dog", f"--weights={nano}", "--device=cpu")
     assert "no picture in it" in error
     assert [name for name in inside if f"--images in/{Path(name).parent}" not in error] == [], error
+
+
+def test_the_folder_of_a_run_stands_for_its_model(command, nano, photos, tmp_path):
+    """Where there is one; a folder without either is refused by name."""
+    shutil.copytree(nano, tmp_path / "runs" / "dog" / "model")
+    given = [f"--images={photos}", "--class=cat", "--prior-weight=0", "--steps=1", "--device=cpu", "--save-every=0"]
+    code, _, error = command("train.py", *given, "--weights=runs/dog", "--out=again")
+    assert code == 0 and (tmp_path / "again" / "model").is_dir(), error
+    code, _, error = command("train.py", *given, "--weights=runs", "--out=never")
+    assert code == 2 and "runs/model_index.json: no such file" in error
+
+
+def test_weights_of_nowhere_have_no_fingerprint(tmp_path):
+    assert "expected a model folder" in refusal(fingerprint, tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("name", ["hpu", "meta", "privateuseone", "nonsense", "cuda:99", "", "CPU", "cpu;0", "cpu:-2"])

@@ -471,6 +471,17 @@ def test_two_runs_never_write_into_one_folder(nano, photos, tmp_path):
     assert not any(leftover.exists() for leftover in leftovers) and not list(out.rglob(".*.tmp"))
 
 
+def test_two_runs_may_share_class_images(nano, photos, tmp_path):
+    """And draw them at the same time: each picture is whole, and the same."""
+    line = {"steps": 1, "class_images": 40, "class_dir": tmp_path / "class"}
+    (tmp_path / "class").mkdir()
+    runs = [start(tmp_path / f"log{i}", "train.py", *command_line(nano, photos, tmp_path / f"out{i}", **line))
+            for i in range(2)]
+    assert [run.wait() for run in runs] == [0, 0], [run.stderr for run in runs]
+    assert files(tmp_path / "out0" / "model") == files(tmp_path / "out1" / "model")
+    assert len(list((tmp_path / "class").rglob("*.png"))) == 40 and not list((tmp_path / "class").rglob(".*"))
+
+
 @pytest.mark.parametrize("lose", [shutil.rmtree, lambda out: out.rename(out.with_name("elsewhere"))],
                          ids=["deleted", "moved"])
 def test_folder_that_is_lost_meanwhile_ends_the_run(nano, photos, tmp_path, lose):

@@ -254,10 +254,10 @@ def test_inputs_show_what_the_model_sees(taught, photos):
 
 @pytest.mark.parametrize("count", [41, 700])
 def test_inputs_of_many_pictures_stay_small(tmp_path, count):
-    pictures = {f"{i}.png": Image.new("RGB", (512, 512), "red") for i in range(count)}
+    pictures = {f"{i}.png": Image.new("RGB", (128, 128), "red") for i in range(count)}
     Run(tmp_path).save_inputs(pictures, [f"a photo of {name}" for name in pictures])
     shown = Image.open(tmp_path / "inputs.png")
-    assert shown.width == 5 * 512 and 8 * 512 <= shown.height < 8 * 560
+    assert shown.width == 5 * 128 and 8 * 128 <= shown.height < 8 * 160
     assert len(shown.text["parameters"].splitlines()) == 40
 
 

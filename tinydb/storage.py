@@ -237,10 +237,17 @@ def fingerprint(folder: Path, settings: str = "") -> str:
     digest = hashlib.sha256(settings.encode())
     for part, name in WEIGHT_FILES.items():
         path = folder / part / name
+        require(path.is_file(), f"{path}: no such file; expected a model folder (convert_weights.py makes one)")
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 2**20))
             digest.update(file.read())
     return digest.hexdigest()[:12]
+
+
+def model_folder(name: str | Path) -> Path:
+    """The model folder of that name; where it is a run's, the result in it: runs/dog means runs/dog/model."""
+    result = Path(name) / "model"
+    return result if (result / "model_index.json").exists() else Path(name)
 
 
 def existing_parent(path: Path) -> Path:

@@ -36,7 +36,7 @@ from tinydb import cli
 from tinydb.class_images import ClassImages, plain_noun
 from tinydb.cli import choose_device, choose_dtype, option
 from tinydb.clip import EncoderLayer
-from tinydb.config import Checked, InputError, Recipe, require, write_json
+from tinydb.config import Checked, Recipe, require, write_json
 from tinydb.data import Batch, Latents, no_picture_in, random_batch, read_pictures
 from tinydb.layers import ResnetBlock2D
 from tinydb.lora import LORA_FILE, attach, save_lora
@@ -44,7 +44,7 @@ from tinydb.pictures import pictures_digest
 from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, load
 from tinydb.prompts import prompt_remarks, read_captions, subject_prompts
 from tinydb.report import sample_command
-from tinydb.run import Run, StopSignal, memory_plan
+from tinydb.run import Run, StopSignal, diverged, memory_plan
 from tinydb.scores import open_scorer
 from tinydb.storage import WEIGHT_FILES, check_tensors, model_folder, read_tensors, save_tensors, written_whole
 from tinydb.tokenizer import PLACEHOLDER
@@ -74,6 +74,8 @@ class Settings(Checked):
                                     "less memory; the result is a file of a few MB", metavar="RANK", least=1)
     lr: float | None = option(None, "learning rate (default: recipe)", above=0)
     lr_text: float | None = option(None, "of the text encoder (default: recipe, in proportion to --lr)", above=0)
+    lr_decay: float | None = option(None, "last part of the steps, over which the rates fall to 0; 0 is none, 0.5 half "
+                                          "of them (default: recipe)", least=0, most=1, before=0.0)
     prior_weight: float = option(1.0, "weight of the class pictures' loss; 0 does without them", least=0)
     class_images: int | None = option(None, "class pictures to train with (default: recipe)", least=1,
                                       cure="; --prior-weight 0 does without them")
@@ -109,6 +111,7 @@ class Settings(Checked):
             class_noun=plain_noun(self.class_noun, self.identifier),
             out=self.out or str(Path("runs") / Path(self.images).resolve().name),
             steps=recipe.steps if self.steps is None else self.steps,
+            lr_decay=recipe.lr_decay if self.lr_decay is None else self.lr_decay,
             batch=recipe.batch if self.batch is None else self.batch,
             save_every=recipe.save_every if self.save_every is None else self.save_every,
             class_images=recipe.class_images if self.class_images is None else self.class_images)
@@ -159,12 +162,6 @@ def recompute_activations(model: nn.Module) -> None:
     for block in model.modules():
         if isinstance(block, (ResnetBlock2D, Transformer2DModel, EncoderLayer)):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-
-
-def diverged(step: int, what: str, lr: float) -> InputError:
-    """The error that ends a run whose numbers are no longer finite."""
-    return InputError(f"step {step}: {what}; this step is not saved, checkpoints before it are. Start again with a "
-                      f"lower --lr than {lr} or --precision fp32, in another --out; --class-dir keeps class pictures")
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
@@ -299,7 +296,8 @@ def main(settings: Settings) -> None:
     if settings.compile:
         sd.unet.compile()
     rates = {"unet": settings.lr, "text_encoder": settings.lr_text}
-    param_groups = [{"params": list(module.parameters()), "lr": rates[part]} for part, module in learnt.items()]
+    param_groups = [{"params": list(module.parameters()), "lr": rates[part], "initial_lr": rates[part]}
+                    for part, module in learnt.items()]
     trained = [parameter for group in param_groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(param_groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -331,6 +329,9 @@ def main(settings: Settings) -> None:
     progress = tqdm(range(state["step"], settings.steps), f"teaching {usual!r}", unit="step",
                     initial=state["step"], total=settings.steps, disable=rank > 0)
     for step in progress:
+        decay_steps = settings.lr_decay * settings.steps
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * min(1, (settings.steps - step) / max(decay_steps, 1))
         # One batch for all processes and micro-steps, which take their parts: any split of it is the same step.
         examples = settings.batch * settings.accumulate * world_size
         batch = random_batch(sets, examples, num_timesteps, settings.seed, step)

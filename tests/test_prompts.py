@@ -1,6 +1,5 @@
 """The prompt of each picture: captions beside the subject's, templates and captions for the class's."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -188,7 +187,6 @@ def test_stopped_run_with_captions_and_varied_prior_goes_on(teach: Callable, var
     shutil.rmtree(out / "model")
     teach(out, steps=4, resume=True, **settings)
     assert files(out / "model") == files(whole / "model")
-    assert json.loads((out / "config.json").read_text())["run"] == json.loads((whole / "config.json").read_text())["run"]
 
 
 def test_usual_prompts():

@@ -80,7 +80,8 @@ def stopped_at_step(teach, step: int, out: Path, **settings) -> Path:
 
 
 @pytest.mark.parametrize("settings", [
-    {"accumulate": 2, "sample_every": 1}, {"freeze_text": True, "precision": "bf16"}, {"precision": "fp16"},
+    {"accumulate": 2, "sample_every": 1, "lr_decay": 1.0}, {"freeze_text": True, "precision": "bf16"},
+    {"precision": "fp16"},
     {"recompute": True, "prior_weight": 0.0}, {"save_every": 0}, {"lora": 2, "precision": "bf16", "lr": 1e-2},
     {"lora": 1, "recompute": True, "accumulate": 2, "freeze_text": True, "precision": "fp16"},
 ], ids=" ".join)
@@ -137,7 +138,7 @@ def to_old_format(out: Path) -> None:
     """The files of a run as they were before train.py was taken apart into rooms."""
     config = json.loads((out / "config.json").read_text())
     config["checkpointing"] = config.pop("recompute")  # which was called so
-    del config["class_prompts"]
+    del config["class_prompts"], config["lr_decay"]
     for path in out.glob("class_images/*/*.txt"):
         path.unlink()
     (out / "config.json").write_text(json.dumps(config))
@@ -278,7 +279,8 @@ def refused(teach, out: Path, **settings) -> str:
 
 
 @pytest.mark.parametrize("name, before, now", [
-    ("seed", 0, 1), ("lr", 1e-3, 2e-3), ("lr_text", 5e-4, 2e-3), ("batch", 2, 3), ("accumulate", 1, 2),
+    ("seed", 0, 1), ("lr", 1e-3, 2e-3), ("lr_decay", 0.0, 0.5), ("lr_text", 5e-4, 2e-3), ("batch", 2, 3),
+    ("accumulate", 1, 2),
     ("prior_weight", 1.0, 0.5), ("class_images", 5, 6), ("class_noun", "dog", "cat"), ("identifier", "ohwx", "zwx"),
     ("freeze_text", False, True), ("compile", False, True),
 ])

@@ -114,7 +114,7 @@ def test_loss_and_gradients_are_those_of_diffusers(pairs, kind, prompts):
 
 @pytest.mark.parametrize("settings, prior_weight", [
     ({"batch": 4, "prior_weight": 0.7}, 0.7),
-    ({"batch": 4, "prior_weight": 0.0}, 0),
+    ({"batch": 4, "prior_weight": 0.0, "lr_decay": 1.0}, 0),
     ({"batch": 2, "accumulate": 2, "recompute": True, "freeze_text": True, "lr": 1e-3}, 1),
 ], ids=["whole", "without-class-images", "in-parts"])
 def test_two_steps_are_those_of_a_plain_loop(teach, pairs, photos, tmp_path, settings, prior_weight):
@@ -135,6 +135,9 @@ def test_two_steps_are_those_of_a_plain_loop(teach, pairs, photos, tmp_path, set
         losses = dreambooth_losses(unet, text_encoder, pair, batch, [[PROMPTS[0]] * 3, [PROMPTS[1]] * 5])
         sum(weight * loss for weight, loss in zip([1, prior_weight], losses)).backward()
         norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
+        if "lr_decay" in settings:  # over all of the two steps
+            for group, lr in zip(optimizer.param_groups, (1e-3, 5e-4)):
+                group["lr"] = lr * (1 - step / 2)
         optimizer.step()
         optimizer.zero_grad()
         assert norm > 1  # so that the clipping shows
@@ -266,7 +269,7 @@ def test_config_tells_everything_that_ran(taught, photos, nano):
     assert config.pop("run").keys() == {"world_size", "device", "precision", "pictures", "model"}
     settings = asdict(Settings(
         images=str(photos), class_noun="dog", weights=str(nano), out=str(taught), steps=5, batch=3, lr=1e-3,
-        lr_text=5e-4, class_images=5, save_every=2, sample_every=2, device="cpu"))
+        lr_text=5e-4, lr_decay=0.0, class_images=5, save_every=2, sample_every=2, device="cpu"))
     assert config.items() <= settings.items() and settings.keys() - config.keys() == {"resume", "config"}
 
 
@@ -778,6 +781,7 @@ def test_config_file_that_cannot_be_used(command, tmp_path, text, words):
     *[(name, [0, -1], 1) for name in ("steps", "batch", "accumulate", "class_images", "keep")],
     *[(name, [-1], 0) for name in ("save_every", "sample_every")],
     *[(name, [0.0, -1.0, float("nan"), float("inf")], 1e-9) for name in ("lr", "lr_text")],
+    ("lr_decay", [-0.1, 1.1], 1.0),
     ("prior_weight", [-0.1, float("nan"), float("inf")], 0.0), ("seed", [-1, 2**32], 2**32 - 1),
     ("precision", ["fp8"], "bf16"), ("log", ["print"], "wandb"),
 ])

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from tinydb.cli import Stopped, extra
-from tinydb.config import read_json, require, write_json
+from tinydb.config import InputError, read_json, require, write_json
 from tinydb.lora import LORA_FILE
 from tinydb.pictures import grid, save_png
 from tinydb.pipeline import StableDiffusion
@@ -122,8 +122,9 @@ class Run:
 
     def check_same(self, settings: Any, facts: dict[str, Any], before: dict[str, Any]) -> None:
         """InputError that names the one setting or fact in which a resumed run differs from the one `before`. What an
-        older run did not know of had its default; a field with `free` changes no gradient, or a fact tells it."""
-        pairs = [(f.name, before.get(f.name, f.default), getattr(settings, f.name))
+        older run did not know of had its default, or what the field says was done `before`; a field with `free` changes
+        no gradient, or a fact tells it."""
+        pairs = [(f.name, before.get(f.name, f.metadata.get("before", f.default)), getattr(settings, f.name))
                  for f in fields(settings) if f.metadata.get("noted", True) and not f.metadata.get("free")]
         known = before.get("run")
         require(isinstance(known, dict), f"{self.out / 'config.json'}: damaged, without its run; give another --out")
@@ -228,6 +229,12 @@ class Run:
         """Make report.html anew."""
         with extra("report"):
             write_report(self.out)
+
+
+def diverged(step: int, what: str, lr: float) -> InputError:
+    """The error that ends a run whose numbers are no longer finite."""
+    return InputError(f"step {step}: {what}; this step is not saved, checkpoints before it are. Start again with a "
+                      f"lower --lr than {lr} or --precision fp32, in another --out; --class-dir keeps class pictures")
 
 
 def open_tracker(name: str | None, out: Path, settings: Any, step: int) -> Callable[[dict[str, float], int], None]:

@@ -45,7 +45,7 @@ from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, load
 from tinydb.prompts import prompt_remarks, read_captions, subject_prompts
 from tinydb.report import sample_command
 from tinydb.run import Run, StopSignal, diverged, memory_plan
-from tinydb.scores import open_scorer
+from tinydb.scores import choose_clip, open_scorer
 from tinydb.storage import WEIGHT_FILES, check_tensors, model_folder, read_tensors, save_tensors, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 from tinydb.unet import Transformer2DModel
@@ -269,7 +269,7 @@ def main(settings: Settings) -> None:
         run.check_disk(sd, settings)
         run.claim(settings, facts)
         run.save_inputs(instance_images, prompts[0])
-        scorer = open_scorer(settings.clip, sd.info.base.get("name"), [*instance_images.values()], settings.class_noun)
+        scorer = open_scorer(choose_clip(settings.clip, sd.info.base), [*instance_images.values()], settings.class_noun)
         print(*remarks, memory_plan(sd, settings, dtype), sep="\n", file=sys.stderr)
     run.wait_for_claim(rank)
 

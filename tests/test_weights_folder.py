@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import difference
+from conftest import difference, refusal
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import nn
@@ -237,3 +237,36 @@ def test_start_is_not_slowed_by_what_it_does_not_need():
     """torch._dynamo takes longer to import than torch itself."""
     command = "import sys, tinydb; tinydb.load('weights/tiny'); sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], cwd=ROOT).returncode == 0
+
+
+def test_papers_table_of_one_subject(teach, small_clip, photos, tmp_path, capsys):
+    model = teach(tmp_path / "run", steps=1) / "model"
+    settings = evaluate.Settings(weights=str(model), subject=str(photos), clip=str(small_clip), quick=True)
+    capsys.readouterr()
+    evaluate.paper_table(settings, tinydb.load(model), tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    rows = {name.strip(): [float(value) for value in values] for _, name, *values, _ in (
+        line.split("|") for line in lines if line.startswith(("| a ", "| mean")))}
+    assert list(rows) == ["a [V] dog in the jungle", "a [V] dog on top of a wooden floor",
+                          "a [V] dog wearing a red hat", "a [V] dog in a firefighter outfit", "a red [V] dog", "mean"]
+    *each, mean = rows.values()
+    assert mean == pytest.approx(np.mean(each, axis=0), abs=1e-3)
+    assert any(line.startswith("PRES ") for line in lines) and Image.open(tmp_path / "prompts.png").size == (512, 640)
+
+
+@pytest.mark.parametrize("noun, in_the_box, last", [
+    ("dog", False, "a [V] dog in a purple wizard outfit"), ("teapot", False, "a [V] teapot on top of a white rug"),
+    ("dog", True, "a [V] dog on the grass wearing a red hat")])
+def test_25_prompts(noun, in_the_box, last):
+    prompts = evaluate.paper_prompts(noun, in_the_box)
+    assert len(set(prompts)) == 25 and prompts[19] == last and all(f"[V] {noun}" in prompt for prompt in prompts)
+
+
+def test_papers_table_needs_a_subject_a_clip_and_pictures(teach, nano, small_clip, photos, tmp_path):
+    taught = tinydb.load(teach(tmp_path / "run", steps=1) / "model")
+    given = evaluate.Settings(subject=str(photos), clip=str(small_clip))
+    assert "it was taught no subject" in refusal(evaluate.paper_table, given, tinydb.load(nano), tmp_path)
+    assert "no --clip" in refusal(evaluate.paper_table, replace(given, clip=None), taught, tmp_path)
+    (tmp_path / "empty").mkdir()
+    empty = replace(given, subject=str(tmp_path / "empty"))
+    assert "0 pictures in it, expected more" in refusal(evaluate.paper_table, empty, taught, tmp_path)

@@ -19,6 +19,8 @@ from tinydb.tokenizer import PLACEHOLDER, CLIPTokenizer
 BATCH = 16  # pictures or prompts at once
 TINY_NAME = "tinydb world model"  # the base of the model in the box, and of what was taught to it
 
+NO_CLIP = "no --clip (`python convert_weights.py openai/clip-vit-base-patch32 weights/clip` makes a folder for it)"
+
 Score = dict[str, float]  # "likeness" to the subject's pictures, and "prompt": that without the identifier; cosines
 
 
@@ -134,12 +136,16 @@ class Scorer:
                 f"    {sample_command(run.checkpoint(best) / file, self.class_noun)}\n\n")
 
 
-def open_scorer(folder: str | None, base: str | None, pictures: list[Image.Image], class_noun: str) -> Scorer:
-    """The scorer of a run, with the CLIP in `folder`, or the one in the box for models whose `base` is in the box."""
+def choose_clip(folder: str | None, base: dict[str, str]) -> CLIP | None:
+    """The CLIP in `folder` or, where none is given, that of the box for a model whose `base` is in the box."""
     in_the_box = Path(__file__).parent.parent / "weights" / "tiny-clip"
-    if folder is None and base == TINY_NAME and in_the_box.exists():
+    if folder is None and base.get("name") == TINY_NAME and in_the_box.exists():
         folder = str(in_the_box)
-    if folder is None:
-        print("no --clip: checkpoints are not scored, and none is recommended (`python convert_weights.py "
-              "openai/clip-vit-base-patch32 weights/clip` fetches one)", file=sys.stderr)
-    return Scorer(None if folder is None else load_clip(folder), pictures, class_noun)
+    return None if folder is None else load_clip(folder)
+
+
+def open_scorer(clip: CLIP | None, pictures: list[Image.Image], class_noun: str) -> Scorer:
+    """The scorer of a run; says what it lacks without a CLIP."""
+    if clip is None:
+        print(f"{NO_CLIP}: checkpoints are not scored, and none is recommended", file=sys.stderr)
+    return Scorer(clip, pictures, class_noun)

@@ -3,8 +3,10 @@
     python weights/evaluate.py                # composition: 500 prompts, a third of them pairs it never saw
     python weights/evaluate.py --quick        # 100 of them
     python weights/evaluate.py --dreambooth   # teach it six subjects in several ways; the same command goes on with it
+    python weights/evaluate.py --subject weights/subjects/rex --weights runs/rex/model    # the paper's table for one
 
-A judge (judge.py) looks at every picture. Tables are printed as Markdown; OUT has the pictures.
+A judge (judge.py) looks at every picture; for the last table, which any Stable Diffusion can have, a CLIP. Tables are
+printed as Markdown; OUT has the pictures.
 """
 
 import shutil
@@ -31,7 +33,9 @@ from tinydb.data import read_pictures
 from tinydb.pictures import grid, to_pixels
 from tinydb.pipeline import StableDiffusion
 from tinydb.prompts import class_prompt
+from tinydb.scores import NO_CLIP, TINY_NAME, choose_clip
 from tinydb.storage import fingerprint, written_whole
+from tinydb.tokenizer import PLACEHOLDER
 from judge import ATTRIBUTES, Judge, draw_batch, load_judge
 from world import COLORS, PLACES, SUBJECTS, Scene, Subject, compose, full_caption, render, sample_scene, scene_look
 
@@ -53,6 +57,8 @@ class Settings(Checked):
     guidance: float | None = option(None, "of the composition's pictures (default: the model's recipe)")
     quick: bool = option(False, "a fifth of the prompts; two of the subjects")
     dreambooth: bool = option(False, "the study of DreamBooth instead of composition")
+    subject: str | None = option(None, "folder of the pictures that --weights was taught: the paper's table, by CLIP")
+    clip: str | None = option(None, "CLIP folder for --subject (default: that of the model in the box, for its world)")
 
 
 def draw(sd: StableDiffusion, prompts: list[str], guidance: float | None, name: str) -> list[Image.Image]:
@@ -102,6 +108,66 @@ def composition(settings: Settings, sd: StableDiffusion, judge: Judge, out: Path
         rows[f"{name}, drawn by world.py"] = accuracy(judge, [render(scene, rng) for scene in scenes], scenes)
     print_table("right, in percent", [*ATTRIBUTES, "all"],
                 {name: [f"{value:.1f}" for value in values] for name, values in rows.items()})
+
+
+# ------------------------------------------------------------------------------------------ one subject
+
+# The 25 prompts of the DreamBooth paper's data set (arXiv 2208.12242, supplementary material): of anything; of objects,
+# or of what is alive; and of anything again.
+SETTINGS = ("in the jungle", "in the snow", "on the beach", "on a cobblestone street", "on top of pink fabric",
+            "on top of a wooden floor", "with a city in the background", "with a mountain in the background",
+            "with a blue house in the background", "on top of a purple rug in a forest")
+OF_OBJECTS = ("with a wheat field in the background", "with a tree and autumn leaves in the background",
+              "with the Eiffel Tower in the background", "floating on top of water", "floating in an ocean of milk",
+              "on top of green grass with sunflowers around it", "on top of a mirror",
+              "on top of the sidewalk in a crowded street", "on top of a dirt road", "on top of a white rug")
+OF_LIVING = ("wearing a red hat", "wearing a santa hat", "wearing a rainbow scarf",
+             "wearing a black top hat and a monocle", "in a chef outfit", "in a firefighter outfit",
+             "in a police outfit", "wearing pink glasses", "wearing a yellow shirt", "in a purple wizard outfit")
+LOOKS = ("red", "purple", "shiny", "wet", "cube shaped")
+LIVING = "dog cat person man woman boy girl baby child horse bird rabbit bear hamster".split()
+PER_PROMPT = 4
+
+
+def paper_prompts(noun: str, in_the_box: bool) -> list[str]:
+    """The paper's 25 prompts or, `in_the_box`, as many of the same kinds in the words of its world."""
+    more = OF_LIVING if noun.split()[-1] in LIVING else OF_OBJECTS
+    settings, looks = [*SETTINGS, *more], LOOKS
+    if in_the_box:
+        settings, looks = [*PLACES, *(f"{place} wearing a red hat" for place in PLACES)], list(COLORS)[:5]
+    return [f"a {PLACEHOLDER} {noun} {setting}" for setting in settings] + [
+        f"{'an' if look == 'orange' else 'a'} {look} {PLACEHOLDER} {noun}" for look in looks]
+
+
+def mean_of_pairs(features: Tensor) -> float:
+    """The mean cosine of each two different unit vectors of (B, D)."""
+    count = len(features)
+    return ((features @ features.T).sum().item() - count) / (count * (count - 1))
+
+
+def paper_table(settings: Settings, sd: StableDiffusion, out: Path) -> None:
+    """What the paper measures of a subject (section 4.3, tables 1 and 3), with CLIP's features alone: CLIP-I, likeness
+    to the subject's pictures; CLIP-T, to the prompt without the identifier; DIV, one less the likeness among pictures
+    of one prompt; and PRES, the likeness to the subject of pictures of its class, of which less is better."""
+    noun, clip = sd.info.class_noun, choose_clip(settings.clip, sd.info.base)
+    require(noun is not None, f"--weights {settings.weights}: it was taught no subject; give OUT/model of a run")
+    require(clip is not None, NO_CLIP)
+    pictures = list(read_pictures(Path(settings.subject), sd.resolution)[0].values())
+    require(len(pictures) > 1, f"--subject {settings.subject}: {len(pictures)} pictures in it, expected more")
+    prompts = paper_prompts(noun, sd.info.base.get("name") == TINY_NAME)[:: 5 if settings.quick else 1]
+    images = draw(sd, [prompt for prompt in prompts for _ in range(PER_PROMPT)], None, "25 prompts")
+    class_images = draw(sd, [class_prompt(noun)] * CLASS_PICTURES, None, class_prompt(noun))
+    grid(images, PER_PROMPT).save(out / "prompts.png")
+
+    subject, text = clip.images(pictures), clip.text([prompt.replace(f"{PLACEHOLDER} ", "") for prompt in prompts])
+    features = clip.images(images).unflatten(0, (len(prompts), PER_PROMPT))
+    numbers = torch.tensor([[(of_prompt @ subject.T).mean(), (of_prompt @ words).mean(), 1 - mean_of_pairs(of_prompt)]
+                            for of_prompt, words in zip(features, text)])
+    rows = dict(zip(prompts, numbers.tolist())) | {"mean": numbers.mean(0).tolist()}
+    print_table(f"{sd.info.class_noun}, {PER_PROMPT} pictures a prompt", ["CLIP-I", "CLIP-T", "DIV"],
+                {name: [f"{value:.3f}" for value in values] for name, values in rows.items()})
+    print(f"\nPRES {(clip.images(class_images) @ subject.T).mean():.3f} ({CLASS_PICTURES} pictures of "
+          f"{class_prompt(noun)!r}); the subject's own pictures among themselves: CLIP-I {mean_of_pairs(subject):.3f}")
 
 
 # ------------------------------------------------------------------------------------------ the study
@@ -281,10 +347,13 @@ class Study:
 
 @torch.no_grad()
 def main(settings: Settings):
-    out = Path(settings.out) / ("dreambooth" if settings.dreambooth else "composition")
+    study = "subject" if settings.subject else "dreambooth" if settings.dreambooth else "composition"
+    out = Path(settings.out) / study
     out.mkdir(parents=True, exist_ok=True)
     judge = load_judge()
-    if settings.dreambooth:
+    if settings.subject:
+        paper_table(settings, tinydb.load(settings.weights, choose_device("auto")), out)
+    elif settings.dreambooth:
         Study(Path(settings.weights), out, judge).run(list(SUBJECTS)[: 2 if settings.quick else None])
     else:
         composition(settings, tinydb.load(settings.weights, choose_device("auto")), judge, out)

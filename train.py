@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -37,7 +38,7 @@ from tinydb.class_images import ClassImages, plain_noun
 from tinydb.cli import choose_device, choose_dtype, option
 from tinydb.clip import EncoderLayer
 from tinydb.config import Checked, Recipe, require, write_json
-from tinydb.data import Batch, Latents, no_picture_in, random_batch, read_pictures
+from tinydb.data import Batch, Latents, no_picture_in, random_batch, read_pictures, to_device
 from tinydb.layers import ResnetBlock2D
 from tinydb.lora import LORA_FILE, attach, save_lora
 from tinydb.pictures import pictures_digest
@@ -110,7 +111,6 @@ class Settings(Checked):
             self, lr=lr, lr_text=None if self.freeze_text else lr_text,
             class_noun=plain_noun(self.class_noun, self.identifier),
             out=self.out or str(Path("runs") / Path(self.images).resolve().name),
-            steps=recipe.steps if self.steps is None else self.steps,
             lr_decay=recipe.lr_decay if self.lr_decay is None else self.lr_decay,
             batch=recipe.batch if self.batch is None else self.batch,
             save_every=recipe.save_every if self.save_every is None else self.save_every,
@@ -135,7 +135,7 @@ class DreamBoothLoss(nn.Module):
         self.schedule = sd.schedule
         distinct = list(dict.fromkeys(prompt for of_set in prompts for prompt in of_set))
         self.prompt_rows = [[distinct.index(prompt) for prompt in of_set] for of_set in prompts]
-        self.register_buffer("prompt_ids", sd.tokenizer.encode(distinct).to(sd.device), persistent=False)  # (P, T)
+        self.prompt_ids = sd.tokenizer.encode(distinct)  # (P, T)
 
     def forward(self, batch: Batch) -> Tensor:
         """N examples from each of S sets -> the mean squared error of each set, (S,)."""
@@ -145,7 +145,9 @@ class DreamBoothLoss(nn.Module):
         # a prompt that several examples share goes through the text encoder once
         rows = [of_set[i] for of_set, chosen in zip(self.prompt_rows, batch.pictures.tolist()) for i in chosen]
         needed = sorted(set(rows))
-        text_embeds = self.text_encoder(self.prompt_ids[needed])[[needed.index(row) for row in rows]]  # (S * N, T, C)
+        shared = torch.tensor([needed.index(row) for row in rows])
+        prompt_ids, shared = (to_device(tensor, latents.device) for tensor in (self.prompt_ids[needed], shared))
+        text_embeds = self.text_encoder(prompt_ids)[shared]  # (S * N, T, C)
 
         noisy_latents = self.schedule.add_noise(latents, noise, timesteps)
         prediction = self.unet(noisy_latents, timesteps, text_embeds)
@@ -185,14 +187,14 @@ def save_checkpoint(folder: Path, sd: StableDiffusion, weights: Path, lora: nn.M
             save_lora(lora, path / LORA_FILE, sd.info)
         else:
             sd.write(path, torch.float32, vae_from=weights)
-        tensors = {f"{kind}.{name}": tensor for kind, group in groups.items() for name, tensor in group.items()}
-        save_tensors(tensors, path / "state.safetensors")
+        for kind, group in groups.items():  # one by one: what is being written takes host memory
+            tensors = {f"{kind}.{name}": tensor for name, tensor in group.items()}
+            save_tensors(tensors, path / f"state.{kind}.safetensors")
         write_json(path / "state.json", state)
 
 
 def load_checkpoint(folder: Path, model: DreamBoothLoss, optimizer: torch.optim.Optimizer) -> None:
     """Put weights and the optimizer's tensors back; InputError if any tensor is missing."""
-    parameters = dict(model.named_parameters())
     files = {part: folder / part / WEIGHT_FILES[part] for part in ("unet", "text_encoder")}
     for part, path in ({"lora": folder / LORA_FILE} if model.lora else files).items():
         stored = read_tensors(path)
@@ -201,17 +203,19 @@ def load_checkpoint(folder: Path, model: DreamBoothLoss, optimizer: torch.optim.
         for name, tensor in stored.items():
             own[name].copy_(tensor)
 
-    path = folder / "state.safetensors"
-    stored = read_tensors(path)
-    trained = {name: parameter.shape for name, parameter in parameters.items() if parameter.requires_grad}
-    shapes = {f"{kind}.{name}": shape for kind in ("exp_avg", "exp_avg_sq") for name, shape in trained.items()}
-    check_tensors(stored, shapes | {f"step.{name}": torch.Size([]) for name in trained}, path)
-    for key, tensor in stored.items():
-        kind, name = key.split(".", 1)
-        # copied into tensors laid out like the parameter: files are row-major, and fused AdamW would pair the moments
-        # of a channels_last weight with the wrong elements
-        like = tensor if kind == "step" else parameters[name].detach()
-        optimizer.state[parameters[name]][kind] = torch.empty_like(like, device=parameters[name].device).copy_(tensor)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for kind in ("exp_avg", "exp_avg_sq", "step"):
+        path = folder / "state.safetensors"  # of an older checkpoint, with all kinds
+        path = path if path.exists() else folder / f"state.{kind}.safetensors"
+        stored = {key: tensor for key, tensor in read_tensors(path).items() if key.startswith(f"{kind}.")}
+        shapes = {f"{kind}.{name}": torch.Size([]) if kind == "step" else p.shape for name, p in trained.items()}
+        check_tensors(stored, shapes, path)
+        for name, parameter in trained.items():
+            # copied into tensors laid out like the parameter: files are row-major, and fused AdamW would pair the
+            # moments of a channels_last weight with the wrong elements
+            tensor = stored[f"{kind}.{name}"]
+            like = tensor if kind == "step" else parameter.detach()
+            optimizer.state[parameter][kind] = torch.empty_like(like, device=parameter.device).copy_(tensor)
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -231,6 +235,8 @@ def start_processes(name: str) -> tuple[int, int, torch.device]:
     if world_size > 1:
         require(device.index is None, f"--device {device} for {world_size} processes: each takes a GPU of its own; "
                                       f"give --device {device.type}")
+        require(device.type != "mps",
+                f"--device mps for {world_size} processes: they cannot add up gradients there; start one, without torchrun")
         own = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else None
         # patient enough for ranks that wait while one draws class images or writes a checkpoint
         dist.init_process_group("nccl" if own else "gloo", timeout=timedelta(hours=2), device_id=own)
@@ -278,8 +284,7 @@ def main(settings: Settings) -> None:
     if settings.prior_weight > 0:
         folder = Path(settings.class_dir or run.out / "class_images")
         image_sets.append(prior.images(folder, settings.class_images, dtype, rank, world_size, stop))
-    with autocast():
-        sets = [Latents.of(images, sd.vae, device) for images in image_sets]
+    sets = [Latents.of(images, sd.vae, device) for images in image_sets]  # in fp32: bf16 errs by half of their std
     sd.vae.to("cpu")  # every picture is encoded now; previews bring it back for a moment
 
     # The loss as one module, and its optimizer.
@@ -290,7 +295,9 @@ def main(settings: Settings) -> None:
         for part, module in learnt.items():  # a part that stays as it is needs no fp32
             learnt[part] = attach(part, module.to(dtype), settings.lora, generator).to(device)
             lora.update(learnt[part])
-    model = DreamBoothLoss(sd, prompts[: len(sets)], settings.freeze_text, lora).to(memory_format=torch.channels_last)
+    model = DreamBoothLoss(sd, prompts[: len(sets)], settings.freeze_text, lora)
+    if device.type != "mps":  # which computes wrong gradients of it: pytorch issue 193349
+        model.to(memory_format=torch.channels_last)
     if settings.recompute:
         recompute_activations(model)
     if settings.compile:
@@ -312,7 +319,11 @@ def main(settings: Settings) -> None:
         scaler.load_state_dict(state["scaler"])
     parallel = model
     if world_size > 1:
-        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+        # gradients lie in the buckets that are sent, not there as well; --compile cuts its graph at each bucket
+        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False,
+                                           bucket_cap_mb=200 if settings.compile else 25)
+        if device.type == "cuda" and dtype == torch.bfloat16:  # sent as the backward pass computes them: 2 GB a step
+            parallel.register_comm_hook(None, bf16_compress_hook)
 
     num_timesteps = sd.schedule.config.num_train_timesteps
     usual = f"a photo of {settings.identifier} {settings.class_noun}"
@@ -347,16 +358,16 @@ def main(settings: Settings) -> None:
         sums[-1] = stop.asked
         if world_size > 1:
             dist.all_reduce(sums)
-        *losses, asked_to_stop = sums.tolist()
-        state["step"] = done = step + 1
-        if not all(map(math.isfinite, losses)):
-            raise diverged(done, f"the loss is {losses}", settings.lr)
-
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(trained, 1.0)
         scaler.step(optimizer)  # not where a gradient overflowed; update() then halves the scale
         scaler.update()
         optimizer.zero_grad()
+
+        *losses, asked_to_stop = sums.tolist()  # here alone the CPU waits for the GPU: all of the step is in its queue
+        state["step"] = done = step + 1
+        if not all(map(math.isfinite, losses)):
+            raise diverged(done, f"the loss is {losses}", settings.lr)
         if scaler.is_enabled() and scaler.get_scale() < MIN_SCALE:
             raise diverged(done, "the gradients overflow fp16 at any scale", settings.lr)
 
@@ -409,4 +420,4 @@ if __name__ == "__main__":
     cli.run(main, Settings, __doc__, defaults=lambda given: cli.options_in_file(Settings, given.config),
             after_failure="; once that is mended, --resume goes on from the last checkpoint",
             out_of_memory="Try, in this order: --freeze-text (no gradients and moments of the text encoder), "
-                          "--recompute (hardly any activations), --batch 1 with more --accumulate")
+                          "--batch 1 without --accumulate, --recompute (hardly any activations)")

@@ -15,7 +15,6 @@ from conftest import ROOT, files, metrics, names
 from processes import Script, arguments, slow_disk, start, start_ranks, turn_pictures
 from safetensors.torch import load_file
 
-STATE = "state.safetensors"
 
 
 @pytest.fixture
@@ -52,8 +51,8 @@ def some_steps(out: Path) -> bool:
 
 def gradient(out: Path) -> torch.Tensor:
     """The clipped gradient of a run's only step, in one vector: Adam's first moment after it is 0.1 of it."""
-    saved = load_file(out / "checkpoints" / "step-000001" / STATE)
-    return 10 * torch.cat([saved[name].flatten() for name in sorted(saved) if name.startswith("exp_avg.")])
+    saved = load_file(out / "checkpoints" / "step-000001" / "state.exp_avg.safetensors")
+    return 10 * torch.cat([saved[name].flatten() for name in sorted(saved)])
 
 
 def test_two_ranks_are_one_process_with_twice_the_batch(line, tmp_path):

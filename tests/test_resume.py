@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, TEXT, UNET, edit_json, edit_tensors, files, metrics, names, refusal
 from PIL import Image
 from processes import Script, arguments, kill_at_file, limit_file_size, start
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import tinydb
@@ -27,7 +27,7 @@ from tinydb.cli import Stopped, option
 from tinydb.run import Run
 from tinydb.storage import written_whole
 
-STATE = "state.safetensors"
+STATE = "state.exp_avg.safetensors"  # the largest file of a checkpoint
 
 
 def steps_of(out: Path) -> list[int]:
@@ -142,6 +142,12 @@ def to_old_format(out: Path) -> None:
     for path in out.glob("class_images/*/*.txt"):
         path.unlink()
     (out / "config.json").write_text(json.dumps(config))
+    for checkpoint in (out / "checkpoints").iterdir():  # the moments in one file
+        parts = sorted(checkpoint.glob("state.*.safetensors"))
+        tensors = {name: tensor.clone() for part in parts for name, tensor in load_file(part).items()}
+        save_file(tensors, checkpoint / "state.safetensors", metadata={"format": "pt"})
+        for part in parts:
+            part.unlink()
     more = {"lr": 1e-3, "unet_change": 0.1, "text_encoder_change": 0.1}  # of which nothing is logged any more
     (out / "metrics.jsonl").write_text("".join(json.dumps(line | more) + "\n" for line in metrics(out)))
     for path in out.glob("checkpoints/*/state.json"):

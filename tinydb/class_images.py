@@ -106,8 +106,10 @@ class ClassImages:
         groups = [range(i, min(i + GROUP, len(paths))) for i in range(0, len(paths), GROUP)]
         groups = [group for group in groups[rank::world_size] if not all(is_picture(paths[i]) for i in group)]
         sd, recipe = self.sd, self.sd.info.recipe
-        if groups and dtype != sd.dtype:  # all of it in half the bytes, which is faster than autocast
-            sd = load(self.weights, sd.device, dtype)
+        if groups and dtype != sd.dtype:  # drawn in half the bytes, which is faster than autocast
+            device = sd.device
+            self.sd.to("cpu")  # there may be no room for both
+            sd = load(self.weights, device, dtype)
         progress = tqdm(total=sum(map(len, groups)), desc=f"class images, {self.plain!r}", unit="picture",
                         disable=rank > 0 or not groups)
         for group in groups:
@@ -126,3 +128,6 @@ class ClassImages:
                     save_png(image, temporary, about)
             progress.update(len(group))
         progress.close()
+        if sd is not self.sd:
+            del sd
+            self.sd.to(device)

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tinydb.config import CLIPConfig, TextConfig, VisionConfig
+from tinydb.layers import attend
 from tinydb.pictures import to_pixels
 
 # Of the colours of all pictures that OpenAI's CLIP was trained on, red, green and blue in [0, 1].
@@ -34,10 +35,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, T, C / heads)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, self.causal))
 
 
 class MLP(nn.Module):

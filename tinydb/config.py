@@ -353,7 +353,7 @@ class Recipe(Checked):
     lr_text: float = setting(2e-6, above=0)  # of the text encoder
     lr_freeze_text: float = setting(5e-6, above=0)  # where the UNet learns alone
     lr_lora: float = setting(1e-4, above=0)  # of low-rank updates
-    save_every: int = setting(200, least=0)  # steps between checkpoints
+    save_every: int = setting(400, least=0)  # steps between checkpoints, of which each costs as much as 100 steps
     lr_decay: float = setting(0.0, least=0, most=1)  # last part of the steps, over which the rates fall to 0
     class_images: int = setting(200, least=1)
     class_steps: int = setting(50, least=1)  # DDIM steps for a class image

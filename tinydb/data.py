@@ -14,7 +14,7 @@ from tinydb.config import require
 from tinydb.pictures import is_flat, open_picture, to_pixels
 from tinydb.vae import AutoencoderKL
 
-ENCODE_BATCH = 4
+ENCODE_BATCH = 2  # at full size the encoder, in fp32, needs a GB for each
 
 
 def read_pictures(folder: Path, size: int) -> tuple[dict[str, Image.Image], list[str]]:
@@ -74,6 +74,14 @@ class Latents:
         return cls(mean, std)
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device. CUDA copies out of pinned memory while the CPU goes on; on MPS that would corrupt
+    it (pytorch issue 189690)."""
+    if device.type == "cuda":
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass
 class Batch:
     """Everything random in one training step: N examples from each of S sets of pictures, instance and then class.
@@ -93,7 +101,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device, but for `pictures`, with which one looks things up here."""
-        return Batch(self.pictures, *(tensor.to(device) for tensor in (self.latents, self.noise, self.timesteps)))
+        return Batch(self.pictures, *(to_device(tensor, device) for tensor in (self.latents, self.noise, self.timesteps)))
 
 
 def random_batch(sets: list[Latents], count: int, num_timesteps: int, seed: int, step: int) -> Batch:

@@ -28,10 +28,14 @@ class NoiseSchedule:
         else:  # scaled_linear: the square roots are evenly spaced
             betas = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_train_timesteps) ** 2
         self.alphas_cumprod = torch.from_numpy(np.cumprod(1 - betas)).float()  # the product itself in float64
+        self.tables = {}  # the same on each device where timesteps were: copying it there makes a GPU wait
 
     def alpha_sigma(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t for timesteps (B,), (B, 1, 1, 1) each, with the device and dtype of `like`."""
-        abar = self.alphas_cumprod.to(timesteps.device)[timesteps].view(-1, 1, 1, 1)
+        device = timesteps.device
+        if device not in self.tables:
+            self.tables[device] = self.alphas_cumprod.to(device)
+        abar = self.tables[device][timesteps].view(-1, 1, 1, 1)
         return abar.sqrt().to(like), (1 - abar).sqrt().to(like)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -175,8 +179,8 @@ def sample(schedule: NoiseSchedule, denoiser: Callable[[Tensor, Tensor], Tensor]
     """
     earlier = None
     for timestep, next_timestep in zip(timesteps, [*timesteps[1:], 0]):
-        prediction = denoiser(latents, torch.full((len(latents),), timestep, device=latents.device))
-        clean, noise = schedule.clean_and_noise(prediction, latents, torch.tensor([timestep]))
+        here = torch.full((len(latents),), timestep, device=latents.device)  # (B,)
+        clean, noise = schedule.clean_and_noise(denoiser(latents, here), latents, here)
         now = Estimate(timestep, clean, noise)
         latents = SAMPLERS[sampler].step(schedule, now, next_timestep, earlier, fresh)
         earlier = now

@@ -27,11 +27,20 @@ class ResnetBlock2D(nn.Module):
         return self.conv_shortcut(x) + h
 
 
-class Attention(nn.Module):
-    """Multi-head attention softmax(Q K^T / sqrt(d)) V (arXiv 1706.03762, section 3.2).
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
+    """Attention softmax(Q K^T / sqrt(d)) V of each head (arXiv 1706.03762, section 3.2).
 
-    Queries come from `x`; keys and values from `context`, or from `x` itself where there is none.
+    Queries (B, L, C), keys and values (B, S, C) -> (B, L, C). `causal`: an output sees its own and earlier places only.
     """
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, L or S, d)
+    if q.device.type == "mps":  # computes wrong numbers of views before torch 2.12: pytorch issue 181133
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+
+
+class Attention(nn.Module):
+    """Multi-head attention. Queries come from `x`; keys and values from `context`, or from `x` itself where there is
+    none."""
 
     def __init__(self, channels: int, context_channels: int, heads: int, qkv_bias: bool, upcast: bool = False):
         super().__init__()
@@ -46,13 +55,12 @@ class Attention(nn.Module):
         """x (B, L, C), context (B, S, C_ctx) -> (B, L, C)."""
         context = x if context is None else context
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, L or S, d)
         if self.upcast and q.dtype == torch.float16:
             with torch.autocast(q.device.type, enabled=False):
-                out = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).to(x.dtype)
+                out = attend(q.float(), k.float(), v.float(), self.heads).to(x.dtype)
         else:
-            out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out[0](out.transpose(1, 2).flatten(2))  # (B, L, C)
+            out = attend(q, k, v, self.heads)
+        return self.to_out[0](out)
 
 
 class Downsample2D(nn.Module):

@@ -23,7 +23,7 @@ from tinydb.unet import UNet2DConditionModel
 from tinydb.vae import AutoencoderKL
 
 DEFAULT_IDENTIFIER = "ohwx"  # one rare token of CLIP's vocabulary, and of the embedded model's
-DECODE_BATCH = 8  # pictures decoded at once: at full size the decoder needs more memory than the UNet
+DECODE_BATCH = 2  # pictures decoded at once: at full size the decoder needs more memory than the UNet
 LAST_SEED = 2**32 - 1  # torch looks at 32 bits
 
 PARTS = {"text_encoder": (CLIPTextModel, TextConfig), "unet": (UNet2DConditionModel, UNetConfig),
@@ -183,8 +183,8 @@ class StableDiffusion:
         one draw for each generator, (B, C, h, w)."""
         require(all(side % self.vae.config.factor == 0 for side in init.size),
                 f"init of {init.width}x{init.height}: sides must be multiples of {self.vae.config.factor}")
-        pixels = to_pixels([init.convert("RGB")]).to(self.device, self.dtype)
-        mean, std = (t.float().cpu() for t in self.vae.encode(pixels))
+        pixels = to_pixels([init.convert("RGB")]).to(self.device)
+        mean, std = (t.cpu() for t in self.vae.encode(pixels))
         noised = []
         for generator in generators:
             clean = mean + std * torch.randn(mean.shape, generator=generator)
@@ -195,7 +195,8 @@ class StableDiffusion:
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> list[Image.Image]:
         """Clean latents (B, C, h, w) -> B pictures."""
-        parts = [self.vae.decode(part.to(self.device, self.dtype)) for part in latents.split(DECODE_BATCH)]
+        with torch.autocast(self.device.type, enabled=False):  # the VAE overflows fp16
+            parts = [self.vae.decode(part.to(self.device, torch.float32)) for part in latents.split(DECODE_BATCH)]
         return to_images(torch.cat(parts))
 
     def to(self, device: torch.device | str) -> "StableDiffusion":
@@ -245,6 +246,7 @@ class StableDiffusion:
 def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> StableDiffusion:
     """Open a Stable Diffusion 1.x or 2.x folder, ours or any that diffusers wrote in safetensors.
 
+    `dtype` is that of text encoder and UNet; the VAE stays in float32, since in float16 it decodes to black pictures.
     Raises InputError, one line with the cure, where the folder is not one or is damaged.
     """
     folder = Path(folder)
@@ -257,7 +259,8 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     for part, (model_class, config_class) in PARTS.items():
         path = folder / part / WEIGHT_FILES[part]
         config = config_class.read(folder / part / "config.json")
-        models.append(build_model(model_class, config, part, read_tensors(path), path).to(dtype))
+        model = build_model(model_class, config, part, read_tensors(path), path)
+        models.append(model.to(torch.float32 if part == "vae" else dtype))
     tokenizer = CLIPTokenizer.read(folder / "tokenizer")
     info = ModelInfo.read(folder / "tinydb.json")
     return StableDiffusion(*models, tokenizer, schedule, info).to(device)

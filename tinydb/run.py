@@ -6,6 +6,7 @@
 """
 
 import json
+import math
 import os
 import re
 import signal
@@ -138,7 +139,8 @@ class Run:
         fp32, and the result."""
         trained, vae = (4 * sum(p.numel() for part in parts for p in part.parameters())
                         for parts in ((sd.unet, sd.text_encoder), (sd.vae,)))  # bytes
-        checkpoints = settings.keep + 2 if settings.save_every else 1  # the best one, and one under way
+        due = math.ceil(settings.steps / settings.save_every) if settings.save_every else 0
+        checkpoints = min(due + 1, settings.keep + 2)  # one for Ctrl-C; the best one, and one under way
         there = sum(file.stat().st_size for folder in self.checkpoints() for file in folder.rglob("*.safetensors"))
         check_free_disk(self.out, (3 * trained + vae) * checkpoints + trained + vae - there,
                         "use --keep 1, --save-every 0 or another --out")

@@ -236,7 +236,7 @@ def start_processes(name: str) -> tuple[int, int, torch.device]:
         require(device.index is None, f"--device {device} for {world_size} processes: each takes a GPU of its own; "
                                       f"give --device {device.type}")
         require(device.type != "mps",
-                f"--device mps for {world_size} processes: they cannot add up gradients there; start one, without torchrun")
+                f"--device mps for {world_size} processes: it cannot add up gradients; start one, without torchrun")
         own = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else None
         # patient enough for ranks that wait while one draws class images or writes a checkpoint
         dist.init_process_group("nccl" if own else "gloo", timeout=timedelta(hours=2), device_id=own)

@@ -258,7 +258,9 @@ def test_what_a_run_writes(teach, nano, tmp_path, capsys):
     """A small file, and no model; it says what it was taught and what it belongs to, and the command how to use it."""
     out = teach(tmp_path / "out", lora=2, lr=1e-2, steps=2, sample_every=1)
     assert "lora.safetensors" in names(out) and "model" not in names(out)
-    assert names(out / "checkpoints" / "step-000002") == ["lora.safetensors", "state.json", "state.safetensors"]
+    assert names(out / "checkpoints" / "step-000002") == [
+        "lora.safetensors", "state.exp_avg.safetensors", "state.exp_avg_sq.safetensors", "state.json",
+        "state.step.safetensors"]
     assert files(out / "checkpoints" / "step-000002")["lora.safetensors"] == files(out)["lora.safetensors"]
     command = f"python sample.py '[V] dog on the moon' --lora {out / 'lora.safetensors'}"
     assert command in capsys.readouterr().out

@@ -134,7 +134,7 @@ class DreamBoothLoss(nn.Module):
         self.lora = lora  # the updates in their layers, which are trained instead
         self.schedule = sd.schedule
         distinct = list(dict.fromkeys(prompt for of_set in prompts for prompt in of_set))
-        self.prompt_rows = [[distinct.index(prompt) for prompt in of_set] for of_set in prompts]
+        self.prompt_rows = [torch.tensor([distinct.index(prompt) for prompt in of_set]) for of_set in prompts]
         self.prompt_ids = sd.tokenizer.encode(distinct)  # (P, T)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -143,11 +143,10 @@ class DreamBoothLoss(nn.Module):
         latents, noise = batch.latents.flatten(0, 1), batch.noise.flatten(0, 1)  # (S * N, C, h, w)
         timesteps = batch.timesteps.flatten()  # (S * N,)
         # a prompt that several examples share goes through the text encoder once
-        rows = [of_set[i] for of_set, chosen in zip(self.prompt_rows, batch.pictures.tolist()) for i in chosen]
-        needed = sorted(set(rows))
-        shared = torch.tensor([needed.index(row) for row in rows])
-        prompt_ids, shared = (to_device(tensor, latents.device) for tensor in (self.prompt_ids[needed], shared))
-        text_embeds = self.text_encoder(prompt_ids)[shared]  # (S * N, T, C)
+        rows = torch.cat([of_set[chosen] for of_set, chosen in zip(self.prompt_rows, batch.pictures)])
+        needed, places = rows.unique(return_inverse=True)
+        prompt_ids, places = (to_device(tensor, latents.device) for tensor in (self.prompt_ids[needed], places))
+        text_embeds = self.text_encoder(prompt_ids)[places]  # (S * N, T, C)
 
         noisy_latents = self.schedule.add_noise(latents, noise, timesteps)
         prediction = self.unet(noisy_latents, timesteps, text_embeds)
@@ -295,9 +294,8 @@ def main(settings: Settings) -> None:
         for part, module in learnt.items():  # a part that stays as it is needs no fp32
             learnt[part] = attach(part, module.to(dtype), settings.lora, generator).to(device)
             lora.update(learnt[part])
-    model = DreamBoothLoss(sd, prompts[: len(sets)], settings.freeze_text, lora)
-    if device.type != "mps":  # which computes wrong gradients of it: pytorch issue 193349
-        model.to(memory_format=torch.channels_last)
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last  # there wrong: pytorch#193349
+    model = DreamBoothLoss(sd, prompts[: len(sets)], settings.freeze_text, lora).to(memory_format=layout)
     if settings.recompute:
         recompute_activations(model)
     if settings.compile:

@@ -75,8 +75,8 @@ class Latents:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device. CUDA copies out of pinned memory while the CPU goes on; on MPS that would corrupt
-    it (pytorch issue 189690)."""
+    """A tensor of the CPU on a device. CUDA copies out of pinned memory while the CPU goes on; MPS would copy what is
+    not there yet (pytorch#189690)."""
     if device.type == "cuda":
         return tensor.contiguous().pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -101,7 +101,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device, but for `pictures`, with which one looks things up here."""
-        return Batch(self.pictures, *(to_device(tensor, device) for tensor in (self.latents, self.noise, self.timesteps)))
+        tensors = (self.latents, self.noise, self.timesteps)
+        return Batch(self.pictures, *(to_device(tensor, device) for tensor in tensors))
 
 
 def random_batch(sets: list[Latents], count: int, num_timesteps: int, seed: int, step: int) -> Batch:

@@ -33,7 +33,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) ->
     Queries (B, L, C), keys and values (B, S, C) -> (B, L, C). `causal`: an output sees its own and earlier places only.
     """
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, L or S, d)
-    if q.device.type == "mps":  # computes wrong numbers of views before torch 2.12: pytorch issue 181133
+    if q.device.type == "mps":  # computes wrong numbers of views before torch 2.12: pytorch#181133
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
 

@@ -111,6 +111,7 @@ class Settings(Checked):
             self, lr=lr, lr_text=None if self.freeze_text else lr_text,
             class_noun=plain_noun(self.class_noun, self.identifier),
             out=self.out or str(Path("runs") / Path(self.images).resolve().name),
+            steps=recipe.steps if self.steps is None else self.steps,
             lr_decay=recipe.lr_decay if self.lr_decay is None else self.lr_decay,
             batch=recipe.batch if self.batch is None else self.batch,
             save_every=recipe.save_every if self.save_every is None else self.save_every,

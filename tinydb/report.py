@@ -18,10 +18,12 @@ from tinydb.tokenizer import PLACEHOLDER
 
 PREVIEWS = 12  # at most on the page: one of Stable Diffusion's size is 2 MB
 POINTS = 1000  # at most on a curve: one or two in a pixel
-CURVES = ("instance_loss", "prior_loss", "validation_loss")  # the names in metrics.jsonl are those of the style below
+PLOTS = {  # what is on a plot, by its title: names in metrics.jsonl, and in the style below
+    "Losses": ("instance_loss", "prior_loss"), "Scores by CLIP": ("likeness", "prompt"),
+}
 
 STYLE = """
-:root { color-scheme: light dark; --instance_loss: #c8500a; --prior_loss: #1c6dc0; --validation_loss: #777; }
+:root { color-scheme: light dark; --instance_loss: #c8500a; --prior_loss: #1c6dc0; --likeness: #c8500a; --prompt: #1c6dc0; }
 body { max-width: 54rem; margin: 0 auto; padding: 2rem 1rem 4rem; font: 1rem/1.5 system-ui, sans-serif;
        font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 h1 { margin: 0; font-size: 1.75rem; }
@@ -72,8 +74,7 @@ def write_report(out: Path) -> None:
 <p class="note lines">{escape(parameters(out / "inputs.png"))}</p>
 <h2>Previews</h2>
 {previews(out / "samples", done)}
-<h2>Losses</h2>
-{loss_plot(metrics, steps) if metrics else '<p class="note">No step is done yet.</p>'}
+{"".join(plot(title, metrics, steps) for title in PLOTS)}
 <h2>Settings</h2>
 {settings_list(config)}
 </html>
@@ -131,14 +132,14 @@ def previews(folder: Path, done: int) -> str:
     return "\n".join([f'<p class="note">{note}</p>', "<table>", *rows, "</table>"])
 
 
-def loss_plot(metrics: list[dict[str, float]], steps: int) -> str:
-    """The losses over a run of `steps` steps: light, each step (groups of them beyond POINTS), and strong, the mean of
-    the tenth of all steps around it.
+def plot(title: str, metrics: list[dict[str, float]], steps: int) -> str:
+    """Numbers over a run of `steps` steps: light, each of them (groups of them beyond POINTS), and strong, the mean of
+    the tenth of all around it. Empty where there are none.
 
-    The curves have the units of the data (x is the step, y minus the loss) and are stretched to the width of the page.
+    The curves have the units of the data (x is the step, y minus the number) and are stretched to the width of the page.
     """
     curves, legend, top = [], [], 0.0
-    for name in CURVES:
+    for name in PLOTS[title]:
         points = [(line["step"], line[name]) for line in metrics if name in line]
         if not points:
             continue
@@ -153,13 +154,15 @@ def loss_plot(metrics: list[dict[str, float]], steps: int) -> str:
             curves.append(f'<polyline class="{kind}" stroke="var(--{name})" points="{line}"/>')
         legend.append(f'<b style="color: var(--{name})">{name.replace("_", " ")} {mean[-1][1]:.3g}</b>')
         top = max(top, 1.1 * max(loss for _, loss in mean))  # single steps may lie above
+    if not curves:
+        return ""
     levels = [f'<text class="level" x="-40" y="{100 - 25 * i}%">{top * i / 4:.2g}</text>' for i in range(5)]
     marks = [f'<text class="level" x="{25 * i}%" y="100%" dy="20">{steps * i / 4:.0f}</text>' for i in range(5)]
     return "\n".join([
-        f'<p>{", ".join(legend)}</p>', '<div class="plot"><svg role="img" aria-label="Losses over steps">',
+        f"<h2>{title}</h2>", f'<p>{", ".join(legend)}</p>',
+        f'<div class="plot"><svg role="img" aria-label="{title} over steps">',
         *levels, *marks, f'<svg viewBox="0 {-top:g} {steps} {top:g}" preserveAspectRatio="none">', *curves,
-        "</svg></svg></div>", '<p class="note">Light: step by step. Strong: the mean around a step. Validation: both '
-        "losses together, on noise that stays the same.</p>"])
+        "</svg></svg></div>", '<p class="note">Light: step by step. Strong: the mean around a step.</p>'])
 
 
 def settings_list(config: dict[str, Any]) -> str:

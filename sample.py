@@ -36,23 +36,22 @@ from tinydb.tokenizer import PLACEHOLDER
 TINY = Path(__file__).parent / "weights" / "tiny"
 GROUP = 4  # pictures drawn at once; guidance doubles it
 SERIES = 16  # prompts at most that come together on one sheet
-# What a picture says about itself, in the words that other programs use, and the settings that say the same.
-DESCRIBED = {"Steps": "steps", "Sampler": "sampler", "CFG scale": "guidance_scale", "Seed": "seed", "Size": "size",
-             "Eta": "eta", "Denoising strength": "strength", "Init": "init", "Model": "weights"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Sampling):
-    """The command line: how to sample (pipeline.Sampling), what, and where to."""
+    """The command line: how to sample (pipeline.Sampling), what, and where to. `described`: what a picture says about
+    itself, in the words that other programs use."""
 
     prompt: list[str] = option(MISSING, "what to draw, one prompt or several; [V] is the subject that train.py taught",
                                nargs="*")
     prompts: str | None = option(None, "file with a prompt a line; in a .jsonl file, an object a line with any option")
     source: str | None = option(None, "picture to draw again, by what it says about itself; the command line overrides "
                                       "it", flag="--from", metavar="PICTURE")
-    weights: str | None = option(None, "model folder (default: the newest runs/*/model, else weights/tiny)")
+    weights: str | None = option(None, "model folder (default: the newest runs/*/model, else weights/tiny)",
+                                 described="Model")
     count: int = option(4, "pictures of each prompt", flag="-n", metavar="N", least=1, most=10**6)
-    init: str | None = option(None, "picture to draw over", metavar="PICTURE")
+    init: str | None = option(None, "picture to draw over", metavar="PICTURE", described="Init")
     preview: int = option(0, "draw preview.png anew every N steps, to watch (0: never)", metavar="N", least=0)
     attention: bool = option(False, "also show where in the picture each word of the prompt is looked at")
     out: str = option("samples", "folder for the pictures, or the name of a .png")
@@ -64,6 +63,9 @@ class Settings(Sampling):
     def out_is_file(self) -> bool:
         """Whether --out names a picture rather than a folder of them."""
         return self.out.lower().endswith(".png")
+
+
+DESCRIBED = {f.metadata["described"]: f.name for f in fields(Settings) if "described" in f.metadata}
 
 
 # ------------------------------------------------------------------------------------------- what to draw

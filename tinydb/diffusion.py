@@ -84,7 +84,7 @@ class FreshNoise:
 
 
 def ddim_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
-    """`steps` evenly spaced timesteps from noisy to clean, shifted by one as in Stable Diffusion: 981, 961 ... 1."""
+    """Evenly spaced timesteps from noisy to clean, shifted by one as in Stable Diffusion; 50 are 981, 961 ... 1."""
     stride = schedule.config.num_train_timesteps // steps
     return [i * stride + 1 for i in reversed(range(steps))]
 
@@ -95,7 +95,8 @@ def ddim_step(schedule: NoiseSchedule, now: Estimate, next_timestep: int, earlie
 
         x_t' = alpha_t' clean + sqrt(sigma_t'^2 - std^2) noise + std * fresh noise
 
-    `fresh.eta` 0 is deterministic, 1 has DDPM's variance. `earlier` is for samplers that look back.
+    `fresh.eta` 0 is deterministic, 1 has DDPM's variance. `earlier`, the estimate of the step before, is not needed
+    here: it is for multistep samplers.
     """
     abar, abar_next = (schedule.alphas_cumprod[t].item() for t in (now.timestep, next_timestep))
     std = fresh.eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5  # equation 16
@@ -104,10 +105,10 @@ def ddim_step(schedule: NoiseSchedule, now: Estimate, next_timestep: int, earlie
 
 
 def dpm_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
-    """`steps` evenly spaced timesteps from the noisiest on, 0 being left for the end: 999, 949 ... 50.
+    """Evenly spaced timesteps from the noisiest on; 20 are 999, 949 ... 50, and the last step goes from 50 to 0.
 
-    DDIM keeps off timestep 999 and spends its last step on 1 -> 0; with few steps that matters. This is diffusers'
-    "linspace", which is what `DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)` takes in our folders.
+    DDIM never asks at timestep 999 and spends its last step on 1 -> 0; with few steps that matters. This is diffusers'
+    timestep_spacing="linspace", the default of its DPMSolverMultistepScheduler.
     """
     from_clean = np.linspace(0, schedule.config.num_train_timesteps - 1, steps + 1).round().astype(int)
     return from_clean[1:][::-1].tolist()
@@ -115,7 +116,8 @@ def dpm_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
 
 def dpm_step(schedule: NoiseSchedule, now: Estimate, next_timestep: int, earlier: Estimate | None,
              fresh: FreshNoise) -> Tensor:
-    """One step x_t -> x_t' of DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2); 0 is the end, without any noise.
+    """One step x_t -> x_t' of DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2). The last step, to timestep 0, leaves no
+    noise at all; DDIM's leaves that of abar_0, as Stable Diffusion always did.
 
     DDIM's step is exact if the network believed in the same clean latents all the way to t'. But its estimate moves,
     about linearly in lambda = log(alpha / sigma), and the `earlier` estimate tells how fast. So take the clean latents
@@ -156,8 +158,9 @@ def guided(model: Callable[[Tensor, Tensor, Tensor], Tensor], text_embeds: Tenso
            guidance_scale: float) -> Callable[[Tensor, Tensor], Tensor]:
     """Classifier-free guidance (arXiv 2207.12598, equation 6): uncond + guidance_scale * (cond - uncond).
 
-    `text_embeds` and `negative_embeds` are (B, T, C). Both predictions come from one forward of twice the batch;
-    at scale 1 the formula leaves only the conditional one, and only that is computed.
+    `text_embeds` and `negative_embeds`, of the empty prompt as a rule, are (B, T, C): pretraining left out the caption
+    of some pictures, so the model knows pictures without one. Both predictions come from one forward of twice the
+    batch; at scale 1 the formula leaves only the conditional one, and only that is computed.
     """
     both_embeds = torch.cat([negative_embeds, text_embeds])
 
@@ -172,7 +175,7 @@ def guided(model: Callable[[Tensor, Tensor, Tensor], Tensor], text_embeds: Tenso
 
 def sample(schedule: NoiseSchedule, denoiser: Callable[[Tensor, Tensor], Tensor], latents: Tensor, sampler: str,
            timesteps: list[int], fresh: FreshNoise) -> Iterator[tuple[Tensor, Tensor]]:
-    """From the noise of the first of `timesteps` to clean latents (B, C, h, w).
+    """From the noise of the first of `timesteps` to clean latents (B, C, h, w), by the sampler's last step.
 
     Yields, after each step, the latents and the clean latents that the network predicted in it: the last latents are
     the result, and the predictions a preview.

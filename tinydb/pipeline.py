@@ -40,20 +40,25 @@ MODEL_INDEX = {  # what diffusers looks for first
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Checked):
-    """How to draw: the arguments of `generate`, and options of sample.py. None means: what the model's recipe says."""
+    """How to draw: the arguments of `generate`, and options of sample.py. None means: what the model's recipe says.
+    `described` is what a picture's own text calls it."""
 
-    steps: int | None = option(None, "sampling steps: more are finer and slower (default: the model's recipe)", least=1)
+    steps: int | None = option(None, "sampling steps: more are finer and slower (default: the model's recipe)",
+                               least=1, described="Steps")
+    sampler: str = option("ddim", "dpm is DPM-Solver++ 2M, which needs about half the steps", choices=tuple(SAMPLERS),
+                         described="Sampler")
     guidance_scale: float | None = option(None, "how closely to follow the prompt: classifier-free guidance, 1 is none "
-                                                "(default: the model's recipe)", flag="--guidance")
+                                                "(default: the model's recipe)", flag="--guidance",
+                                          described="CFG scale")
     seed: int = option(0, "picture i starts from noise of seed + i; the same seed is the same picture",
-                       least=0, most=LAST_SEED)
+                       least=0, most=LAST_SEED, described="Seed")
     size: tuple[int, ...] | None = option(None, "WIDTHxHEIGHT in pixels (default: what the model was trained on)",
-                                          least=1, most=2**14, metavar="WIDTHxHEIGHT")
+                                          least=1, most=2**14, metavar="WIDTHxHEIGHT", described="Size")
     negative: str = option("", "a prompt to steer away from")
     strength: float = option(0.6, "how much of the picture to draw over is drawn anew: near 0 it stays", above=0,
-                             most=1)
-    sampler: str = option("ddim", "dpm is DPM-Solver++ 2M, which needs about half the steps", choices=tuple(SAMPLERS))
-    eta: float = option(0.0, "fresh noise in each step of ddim: 0 is none, 1 as much as DDPM's", least=0, most=1)
+                             most=1, described="Denoising strength")
+    eta: float = option(0.0, "fresh noise in each step of ddim: 0 is none, 1 as much as DDPM's", least=0, most=1,
+                        described="Eta")
 
     def __post_init__(self):
         super().__post_init__()

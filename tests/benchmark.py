@@ -151,7 +151,8 @@ def our_step(model: Model, batch: int, *, recompute: bool = False, compiled: boo
     with autocast():
         latents = Latents.of(pictures.values(), sd.vae, model.device)
     sd.vae.to("cpu")
-    loss = train.DreamBoothLoss(sd, PROMPTS, freeze_text=False).to(memory_format=torch.channels_last)
+    prompts = [len(pictures) * [prompt] for prompt in PROMPTS]
+    loss = train.DreamBoothLoss(sd, prompts, freeze_text=False).to(memory_format=torch.channels_last)
     if recompute:
         train.recompute_activations(loss)
     if compiled:
@@ -175,8 +176,9 @@ def our_step(model: Model, batch: int, *, recompute: bool = False, compiled: boo
 def their_step(model: Model, batch: int, **settings: bool) -> Callable[[], None]:
     """What diffusers does in a step, on the same pictures."""
     pipeline = reference.load_pipeline(model.folder, model.device)
-    pixels = reference.read_pixels(SUBJECT, pipeline)
-    return reference.training_step(pipeline, PROMPTS, [pixels, pixels], batch, model.recipe, model.dtype, **settings)
+    pixels, _ = reference.read_pixels(SUBJECT, pipeline)
+    prompts = [len(pixels) * [prompt] for prompt in PROMPTS]
+    return reference.training_step(pipeline, prompts, [pixels, pixels], batch, model.recipe, model.dtype, **settings)
 
 
 def our_class_images(sd: StableDiffusion, count: int, steps: int, guidance: float) -> None:

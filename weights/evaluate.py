@@ -2,13 +2,15 @@
 
     python weights/evaluate.py                # composition: 500 prompts, a third of them pairs it never saw
     python weights/evaluate.py --quick        # 100 of them
-    python weights/evaluate.py --dreambooth   # teach it six subjects in several ways; the same command goes on with it
+    python weights/evaluate.py --dreambooth   # teach it six subjects in several ways and with three seeds: hours; the
+                                              # same command goes on with it
     python weights/evaluate.py --subject weights/subjects/rex --weights runs/rex/model    # the paper's table for one
 
 A judge (judge.py) looks at every picture; for the last table, which any Stable Diffusion can have, a CLIP. Tables are
 printed as Markdown; OUT has the pictures.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -37,15 +39,36 @@ from tinydb.scores import NO_CLIP, TINY_NAME, choose_clip
 from tinydb.storage import fingerprint, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 from judge import ATTRIBUTES, Judge, draw_batch, load_judge
-from world import COLORS, PLACES, SUBJECTS, Scene, Subject, compose, full_caption, render, sample_scene, scene_look
+from world import (COLORS, PLACES, SUBJECTS, Scene, Subject, compose, full_caption, phrase, render, sample_scene,
+                   scene_look)
 
 Similarity = Callable[[list[Image.Image], list[Image.Image]], Tensor]  # N and M pictures -> (N, M)
 
 BATCH = 20  # pictures drawn at once
-# Ways to teach a subject, by the options of train.py that differ from its recipe.
-ARMS = {"the recipe": [], "no prior loss": ["--prior-weight", "0"], "UNet alone": ["--freeze-text"]}
-STEP_FACTORS = (0.25, 0.5, 1, 2)  # of the recipe's steps, where the recipe is looked at on the way
-CLASS_PICTURES = 16
+PER_PROMPT = 2  # pictures of the subject for each prompt of the study
+CLASS_PICTURES = 32
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to teach a subject, by what differs from train.py's recipe; `diffusers`: by weights/reference.py."""
+
+    options: tuple[str, ...] = ()
+    captions: bool = True  # the texts beside the subject's pictures
+    prior: str = "recipe"  # the class prompts: the recipe's, "plain", or "unasked": none of what the study asks for
+    diffusers: bool = False
+
+
+ARMS = {  # in the order in which they are run: what matters most comes first
+    "the recipe": Arm(), "plain prior, no captions (the paper)": Arm(captions=False, prior="plain"),
+    "no captions": Arm(captions=False), "plain prior": Arm(prior="plain"),
+    "prior that names nothing asked": Arm(prior="unasked"), "constant rate": Arm(("--lr-decay", "0")),
+    "diffusers (the paper)": Arm(captions=False, prior="plain", diffusers=True),
+    "diffusers, captions and varied prior": Arm(diffusers=True),
+    "no prior loss": Arm(("--prior-weight", "0")), "UNet alone": Arm(("--freeze-text",)),
+    "half the steps": Arm(("--steps", "90")), "twice the steps": Arm(("--steps", "360")),
+}
+TIERS = (2, 4, len(ARMS))  # so many arms get all of their seeds before the others begin
 
 
 @dataclass(frozen=True)
@@ -55,8 +78,9 @@ class Settings(Checked):
     weights: str = option(str(ROOT / "weights" / "tiny"), "model folder to evaluate")
     out: str = option("runs/evaluate", "folder for pictures, and for the results of the study")
     guidance: float | None = option(None, "of the composition's pictures (default: the model's recipe)")
-    quick: bool = option(False, "a fifth of the prompts; two of the subjects")
+    quick: bool = option(False, "a fifth of the prompts; of the study two subjects, one seed and four ways")
     dreambooth: bool = option(False, "the study of DreamBooth instead of composition")
+    seeds: int = option(3, "of the study: with how many seeds each way is tried", least=1)
     subject: str | None = option(None, "folder of the pictures that --weights was taught: the paper's table, by CLIP")
     clip: str | None = option(None, "CLIP folder for --subject (default: that of the model in the box, for its world)")
 
@@ -76,6 +100,12 @@ def print_table(title: str, columns: list[str], rows: dict[str, list[str]]) -> N
     print(f"\n| {title} | {' | '.join(columns)} |\n|---|{'---:|' * len(columns)}")
     for name, values in rows.items():
         print(f"| {name} | {' | '.join(values)} |")
+
+
+def with_error(values: list[float]) -> str:
+    """The mean, and where there are two values or more, its standard error."""
+    error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.0f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.0f}{error}"
 
 
 # ---------------------------------------------------------------------------------------------- composition
@@ -247,10 +277,10 @@ def measure(judge: Judge, similarity: Similarity, name: str, images: list[Image.
     return {key: 100 * value.float().mean().item() for key, value in numbers.items()}
 
 
-def draw_taught(folder: Path, name: str, per_prompt: int) -> tuple[list[Image.Image], list[Image.Image]]:
+def draw_taught(folder: Path, name: str) -> tuple[list[Image.Image], list[Image.Image]]:
     """What a model that was taught a subject draws of it, and of its class."""
     subject, sd = SUBJECTS[name], tinydb.load(folder, choose_device("auto"))
-    prompts = [prompt for prompt, _ in study_prompts(subject) for _ in range(per_prompt)]
+    prompts = [prompt for prompt, _ in study_prompts(subject) for _ in range(PER_PROMPT)]
     return (draw(sd, prompts, None, f"{name}, {folder.name}"),
             draw(sd, [class_prompt(subject.noun)] * CLASS_PICTURES, None, f"a {subject.noun}"))
 
@@ -271,6 +301,13 @@ def run_script(script: str, *arguments: object) -> None:
     subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], check=True, stdout=sys.stderr)
 
 
+def unasked_prompts(subject: Subject) -> list[str]:
+    """Class prompts as the recipe has them, but with no colour, no place and no hat that the study asks for."""
+    asked = " ".join(f"{prompt} {' '.join(values.values())}" for prompt, values in study_prompts(subject))
+    colors = [color for color in COLORS if color not in asked]
+    return [f"{phrase('{noun}', color)} {subject.places[i % len(subject.places)]}" for i, color in enumerate(3 * colors)]
+
+
 class Study:
     """Teaches subjects in several ways and measures the results. Numbers and pictures are kept in OUT as they come, so
     that the same command continues; models are not kept."""
@@ -278,83 +315,98 @@ class Study:
     def __init__(self, weights: Path, out: Path, judge: Judge):
         self.weights, self.out, self.judge, self.similarity = weights, out, judge, similarity_to(judge)
         self.recipe, self.path = ModelInfo.read(weights / "tinydb.json").recipe, out / "results.json"
-        model, recipe = fingerprint(weights), asdict(self.recipe)
+        model, recipe = fingerprint(weights), json.loads(json.dumps(asdict(self.recipe)))  # tuples as JSON has them
         self.kept = read_json(self.path) if self.path.exists() else {"model": model, "recipe": recipe, "rows": {}}
         require(self.kept["model"] == model and self.kept["recipe"] == recipe,
                 f"{self.path} has the results of another model or recipe; give another --out")
-        self.rows: dict[str, dict[str, float]] = self.kept["rows"]  # "way/subject" -> numbers
+        self.rows: dict[str, dict[str, float]] = self.kept["rows"]  # "way/subject/seed" -> numbers
 
-    def run(self, names: list[str]) -> None:
-        """Teach each subject in each way, measure, and print the table; what an earlier call did is not done again."""
+    def run(self, names: list[str], seeds: int, arms: list[str]) -> None:
+        """Teach each subject in each way with each seed, and measure; what an earlier call did is not done again."""
+        first = 0
+        for end in TIERS:
+            for seed in range(seeds):
+                for name in names:
+                    for arm in arms[first:end]:
+                        if f"{arm}/{name}/{seed}" not in self.rows:
+                            self.teach(arm, name, seed)
+            first = end
         for name in names:
-            if f"before/{name}" not in self.rows:
-                self.measure("before", name, *draw_taught(self.weights, name, 1))
-            if f"world.py/{name}" not in self.rows:
-                self.measure("world.py", name, *draw_real(name))
-            for arm in ARMS:
-                if f"{arm}/{name}" not in self.rows:
-                    self.teach(arm, name)
-            if f"diffusers/{name}" not in self.rows:
-                self.teach_with_diffusers(name)
+            if f"before/{name}/0" not in self.rows:
+                self.measure("before", name, 0, *draw_taught(self.weights, name))
+            if f"world.py/{name}/0" not in self.rows:
+                self.measure("world.py", name, 0, *draw_real(name))
 
-        columns, means = list(self.rows[f"before/{names[0]}"]), {}
-        other_steps = [f"{self.steps(factor)} steps" for factor in STEP_FACTORS if factor != 1]
-        for way in ("before", *other_steps, *ARMS, "diffusers", "world.py"):
-            rows = [self.rows[f"{way}/{name}"] for name in names]
-            means[way] = [f"{np.mean([row[column] for row in rows]):.0f}" for column in columns]
-        print_table(f"mean of {len(names)} subjects", columns, means)
+    def print(self) -> None:
+        """Two tables of what there is: the means of each way, and how far it is from the recipe on the same subjects
+        and seeds; with the standard errors of these means over the runs."""
+        runs = {way: {key.partition("/")[2]: row for key, row in self.rows.items() if key.startswith(f"{way}/")}
+                for way in ("before", *ARMS, "world.py")}
+        recipe, columns = runs["the recipe"], list(next(iter(self.rows.values())))
+        print_table("mean ± standard error", ["runs", *columns], {
+            way: [str(len(rows)), *(with_error([row[column] for row in rows.values()]) for column in columns)]
+            for way, rows in runs.items() if rows})
+        paired = {way: sorted(rows.keys() & recipe.keys()) for way, rows in runs.items() if way in ARMS}
+        print_table("less the recipe", ["runs", *columns], {
+            way: [str(len(keys)), *(with_error([runs[way][key][column] - recipe[key][column] for key in keys])
+                                    for column in columns)]
+            for way, keys in paired.items() if keys and way != "the recipe"})
 
-    def steps(self, factor: float) -> int:
-        """So many times the recipe's steps."""
-        return round(factor * self.recipe.steps)
+    def pictures(self, arm: Arm, name: str) -> Path:
+        """The folder with the pictures of a subject, with the texts beside them or without."""
+        if arm.captions:
+            return subject_folder(name)
+        folder = self.out / "without-captions" / name
+        if not folder.exists():
+            shutil.copytree(subject_folder(name), folder, ignore=shutil.ignore_patterns("*.txt"))
+        return folder
 
-    def class_dir(self, name: str) -> Path:
-        """train.py makes a folder in here for the class pictures, which all ways share."""
-        return self.out / f"class-{SUBJECTS[name].noun}"
+    def class_prompts(self, arm: Arm, name: str) -> Path:
+        """A file with the class prompts of a way to teach, but for the recipe's."""
+        path = self.out / f"{arm.prior}-{name}.txt"
+        plain = class_prompt("{noun}")
+        path.write_text("\n".join([plain] if arm.prior == "plain" else unasked_prompts(SUBJECTS[name])) + "\n")
+        return path
 
-    def teach(self, arm: str, name: str) -> None:
-        """Teach with train.py. The recipe's run is longer than the recipe says, and is measured several times."""
-        folder, factors = self.out / f"{name}-{arm}".replace(" ", "-"), STEP_FACTORS if arm == "the recipe" else (1,)
-        self.class_dir(name).mkdir(exist_ok=True)
-        run_script("train.py", "--images", subject_folder(name), "--class", SUBJECTS[name].noun, "--weights",
-                   self.weights, "--out", folder, "--class-dir", self.class_dir(name), *ARMS[arm],
-                   "--steps", self.steps(max(factors)), "--save-every", self.steps(min(factors)), "--keep", 8,
-                   *(["--resume"] if (folder / "config.json").exists() else []))
-        for factor in sorted(factors, key=lambda factor: factor == 1):  # the arm's own row last: it says all is done
-            steps = self.steps(factor)
-            way = arm if factor == 1 else f"{steps} steps"
-            checkpoint = folder / "checkpoints" / f"step-{steps:06d}"
-            self.measure(way, name, *draw_taught(checkpoint, name, 4 if way == "the recipe" else 1))
+    def teach(self, way: str, name: str, seed: int) -> None:
+        """Teach with train.py, or with diffusers on class pictures that train.py has drawn before; then measure."""
+        arm, noun, folder = ARMS[way], SUBJECTS[name].noun, self.out / f"run-{name}-{seed}"
+        class_dir = self.out / f"class-{arm.prior}-{name if arm.prior == 'unasked' else noun}-{seed}"
+        class_dir.mkdir(exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        given = ["--images", self.pictures(arm, name), "--class", noun, "--weights", self.weights, "--seed", seed]
+        if arm.diffusers:
+            [drawn] = class_dir.iterdir()
+            run_script("weights/reference.py", *given, "--out", folder / "model", "--class-dir", drawn)
+        else:
+            prompts = [] if arm.prior == "recipe" else ["--class-prompts", self.class_prompts(arm, name)]
+            run_script("train.py", *given, *prompts, *arm.options, "--out", folder, "--class-dir", class_dir,
+                       "--save-every", 0)
+        self.measure(way, name, seed, *draw_taught(folder / "model", name))
         shutil.rmtree(folder)
 
-    def teach_with_diffusers(self, name: str) -> None:
-        """Teach with diffusers' own computation, on the same class pictures."""
-        [class_images] = self.class_dir(name).iterdir()
-        folder = self.out / f"{name}-diffusers"
-        run_script("weights/reference.py", "--images", subject_folder(name), "--class", SUBJECTS[name].noun,
-                   "--weights", self.weights, "--out", folder, "--class-dir", class_images)
-        self.measure("diffusers", name, *draw_taught(folder, name, 4))
-        shutil.rmtree(folder)
-
-    def measure(self, way: str, name: str, images: list[Image.Image], class_images: list[Image.Image]) -> None:
+    def measure(self, way: str, name: str, seed: int, images: list[Image.Image],
+                class_images: list[Image.Image]) -> None:
         """Measure pictures of a subject and of its class; keep the numbers, and some of the pictures on a sheet."""
         sheet = images[:: len(images) // len(study_prompts(SUBJECTS[name]))] + class_images[:10]
-        grid(sheet, 10).save(self.out / f"{way}-{name}.png".replace(" ", "-"))
-        self.rows[f"{way}/{name}"] = measure(self.judge, self.similarity, name, images, class_images)
+        grid(sheet, 10).save(self.out / f"{way}-{name}-{seed}.png".replace(" ", "-"))
+        self.rows[f"{way}/{name}/{seed}"] = measure(self.judge, self.similarity, name, images, class_images)
         with written_whole(self.path) as temporary:
             write_json(temporary, self.kept)
 
 
 @torch.no_grad()
 def main(settings: Settings):
-    study = "subject" if settings.subject else "dreambooth" if settings.dreambooth else "composition"
-    out = Path(settings.out) / study
+    kind = "subject" if settings.subject else "dreambooth" if settings.dreambooth else "composition"
+    out = Path(settings.out) / kind
     out.mkdir(parents=True, exist_ok=True)
     judge = load_judge()
     if settings.subject:
         paper_table(settings, tinydb.load(settings.weights, choose_device("auto")), out)
     elif settings.dreambooth:
-        Study(Path(settings.weights), out, judge).run(list(SUBJECTS)[: 2 if settings.quick else None])
+        study, few = Study(Path(settings.weights), out, judge), settings.quick
+        study.run(list(SUBJECTS)[: 2 if few else None], 1 if few else settings.seeds, list(ARMS)[: 4 if few else None])
+        study.print()
     else:
         composition(settings, tinydb.load(settings.weights, choose_device("auto")), judge, out)
 

@@ -28,7 +28,7 @@ from tinydb.config import Checked, ModelInfo, Recipe, require, write_json
 from tinydb.data import read_pictures
 from tinydb.pictures import to_pixels
 from tinydb.pipeline import DEFAULT_IDENTIFIER
-from tinydb.prompts import class_prompt
+from tinydb.prompts import class_prompt, read_captions, subject_prompts
 
 CLASS_GROUP = 4  # class pictures drawn at once, as train_dreambooth.py does
 
@@ -57,11 +57,12 @@ def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype = torch
     return pipeline.to(device, dtype)
 
 
-def read_pixels(folder: Path, pipeline: StableDiffusionPipeline) -> Tensor:
-    """The pictures in a folder, cut to the size that the model was made for: pixels (N, 3, H, W) in [-1, 1]."""
+def read_pixels(folder: Path, pipeline: StableDiffusionPipeline) -> tuple[Tensor, list[str]]:
+    """The pictures in a folder, cut to the size that the model was made for: pixels (N, 3, H, W) in [-1, 1]; and the
+    texts beside them."""
     pictures, _ = read_pictures(folder, pipeline.unet.config.sample_size * pipeline.vae_scale_factor)
     require(bool(pictures), f"{folder}: no picture in it")
-    return to_pixels(pictures.values())
+    return to_pixels(pictures.values()), read_captions(folder, pictures)
 
 
 def draw_class_images(pipeline: StableDiffusionPipeline, prompt: str, count: int) -> list[Image.Image]:
@@ -72,9 +73,11 @@ def draw_class_images(pipeline: StableDiffusionPipeline, prompt: str, count: int
     return images
 
 
-def training_step(pipeline: StableDiffusionPipeline, prompts: list[str], sets: list[Tensor], batch: int, recipe: Recipe,
-                  dtype: torch.dtype, *, encode: bool = True, compiled: bool = False) -> Callable[[], None]:
-    """A function that takes one step with `batch` pictures from each set of pixels (N, 3, H, W), instance and class.
+def training_step(pipeline: StableDiffusionPipeline, prompts: list[list[str]], sets: list[Tensor], batch: int,
+                  recipe: Recipe, dtype: torch.dtype, *, encode: bool = True,
+                  compiled: bool = False) -> Callable[[], None]:
+    """A function that takes one step with `batch` pictures from each set of pixels (N, 3, H, W), instance and class,
+    each picture under its prompt.
 
     `dtype` is the precision of the arithmetic. `encode=False` encodes the pictures once, before the first step, where
     train_dreambooth.py encodes them in every step.
@@ -87,15 +90,16 @@ def training_step(pipeline: StableDiffusionPipeline, prompts: list[str], sets: l
     trained = [*unet.parameters(), *text_encoder.parameters()]
     groups = [{"params": unet.parameters()}, {"params": text_encoder.parameters(), "lr": recipe.lr_text}]
     optimizer = torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
-    ids = pipeline.tokenizer([prompt for prompt in prompts for _ in range(batch)], truncation=True,
-                             padding="max_length", return_tensors="pt").input_ids.to(device)
+    prompt_ids = [pipeline.tokenizer(of_set, truncation=True, padding="max_length", return_tensors="pt").input_ids
+                  for of_set in prompts]
     if not encode:
         with torch.no_grad():
             sets = [vae.encode(pixels.to(device, dtype)).latent_dist.sample() for pixels in sets]
 
     def step() -> None:
-        examples = torch.cat([pictures[torch.randint(len(pictures), (batch,))] for pictures in sets])
-        examples = examples.to(device, dtype)
+        chosen = [torch.randint(len(pictures), (batch,)) for pictures in sets]
+        examples = torch.cat([pictures[i] for pictures, i in zip(sets, chosen)]).to(device, dtype)
+        ids = torch.cat([of_set[i] for of_set, i in zip(prompt_ids, chosen)]).to(device)
         latents = vae.encode(examples).latent_dist.sample() if encode else examples
         latents = latents * vae.config.scaling_factor
         noise = torch.randn_like(latents)
@@ -122,15 +126,16 @@ def main(settings: Settings) -> None:
     torch.manual_seed(settings.seed)
     weights, device = Path(settings.weights), choose_device(settings.device)
     dtype, info = choose_dtype("auto", device), ModelInfo.read(weights / "tinydb.json")
-    recipe, prompts = info.recipe, [f"a photo of {DEFAULT_IDENTIFIER} {settings.class_noun}",
-                                    class_prompt(settings.class_noun)]
+    recipe, plain = info.recipe, class_prompt(settings.class_noun)
     pipeline = load_pipeline(weights, device)
-    instance_pixels = read_pixels(Path(settings.images), pipeline)
+    instance_pixels, captions = read_pixels(Path(settings.images), pipeline)
     if settings.class_dir is None:
-        drawn = draw_class_images(load_pipeline(weights, device, dtype), prompts[1], recipe.class_images)
-        class_pixels = to_pixels(drawn)
+        drawn = draw_class_images(load_pipeline(weights, device, dtype), plain, recipe.class_images)
+        class_pixels, class_captions = to_pixels(drawn), len(drawn) * [""]
     else:
-        class_pixels = read_pixels(Path(settings.class_dir), pipeline)
+        class_pixels, class_captions = read_pixels(Path(settings.class_dir), pipeline)
+    prompts = [subject_prompts(captions, DEFAULT_IDENTIFIER, settings.class_noun),
+               [caption or plain for caption in class_captions]]
     step = training_step(pipeline, prompts, [instance_pixels, class_pixels], recipe.batch, recipe, dtype)
     for _ in tqdm(range(recipe.steps), "diffusers' training", unit="step"):
         step()

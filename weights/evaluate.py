@@ -305,7 +305,8 @@ def unasked_prompts(subject: Subject) -> list[str]:
     """Class prompts as the recipe has them, but with no colour, no place and no hat that the study asks for."""
     asked = " ".join(f"{prompt} {' '.join(values.values())}" for prompt, values in study_prompts(subject))
     colors = [color for color in COLORS if color not in asked]
-    return [f"{phrase('{noun}', color)} {subject.places[i % len(subject.places)]}" for i, color in enumerate(3 * colors)]
+    places = subject.places
+    return [f"{phrase('{noun}', color)} {places[i % len(places)]}" for i, color in enumerate(3 * colors)]
 
 
 class Study:

@@ -1,6 +1,7 @@
 """What people type: words of other trainers, folders one level off, devices that are not there."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -87,6 +88,29 @@ def test_photographs_in_subfolders_are_named(refused, nano, photos, tmp_path, in
     error = refused("train.py", "--images=in", "--class=dog", f"--weights={nano}", "--device=cpu")
     assert "no picture in it" in error
     assert [name for name in inside if f"--images in/{Path(name).parent}" not in error] == [], error
+
+
+def test_names_of_bytes_that_are_no_text(command, refused, nano, photos, tmp_path):
+    """As folders from another system have them: pictures may have such names; where tensors are, they are refused."""
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    shutil.copytree(photos, odd)
+    (odd / "0.png").rename(odd / os.fsdecode(b"\xff.png"))
+    line = [f"--images={odd}", "--class=dog", f"--weights={nano}", "--out=run", "--prior-weight=0", "--device=cpu"]
+    for more in (["--steps=1"], ["--steps=2", "--resume"]):
+        code, _, error = command("train.py", *line, *more)
+        assert code == 0 and "no report" not in error, error
+    assert "udcff.png" in (tmp_path / "run" / "report.html").read_text()
+    shutil.copytree(nano, odd, dirs_exist_ok=True)
+    assert "no text; write it in UTF-8" in refused("train.py", *line, f"--out={odd / 'out'}")
+    assert "not valid UTF-8" in refused("train.py", *line, f"--weights={odd}", "--out=other")
+
+
+def test_pipe_beside_a_picture(refused, nano, photos, tmp_path):
+    """It is no caption, and reading it would never end."""
+    shutil.copytree(photos, tmp_path / "photos")
+    os.mkfifo(tmp_path / "photos" / "0.txt")
+    assert "0.txt: not readable as text (not a file)" in refused(
+        "train.py", "--images=photos", "--class=dog", f"--weights={nano}", "--device=cpu")
 
 
 def test_the_folder_of_a_run_stands_for_its_model(command, nano, photos, tmp_path):

@@ -132,6 +132,7 @@ def grid(images: list[Image.Image], columns: int, captions: list[str] | None = N
 def save_png(image: Image.Image, path: Path, parameters: str) -> None:
     """Write a PNG that says how it was made, in the text chunk that A1111 and its successors read."""
     text = PngInfo()
+    parameters = parameters.encode(errors="backslashreplace").decode()  # a file's name may hold bytes that are no text
     text.add_text("parameters", parameters)  # ComfyUI reads junk before an iTXt chunk, which this is not without need
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path, "PNG", pnginfo=text)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from tinydb.config import InputError, require
+from tinydb.config import InputError, check_file, require
 from tinydb.tokenizer import PLACEHOLDER, CLIPTokenizer
 
 NOUN = "{noun}"  # stands for the class in a template
@@ -24,9 +24,10 @@ def class_prompt(noun: str) -> str:
 def read_text(path: Path) -> str:
     """What a text file says; InputError where it cannot be read as UTF-8."""
     try:
+        check_file(path)
         return path.read_text(encoding="utf-8-sig")  # Windows begins a file with a mark
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        reason = error.strerror or error if isinstance(error, OSError) else "not UTF-8"
         raise InputError(f"{path}: not readable as text ({reason}); save it as plain text in UTF-8") from None
 
 

@@ -80,7 +80,7 @@ def write_report(out: Path) -> None:
 </html>
 """
     with written_whole(out / "report.html") as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from PIL import Image
 
 from tinydb.cli import Stopped, extra
-from tinydb.config import InputError, read_json, require, write_json
+from tinydb.config import InputError, as_text, read_json, require, write_json
 from tinydb.lora import LORA_FILE
 from tinydb.pictures import grid, save_png
 from tinydb.pipeline import StableDiffusion
@@ -62,7 +62,7 @@ class Run:
     """The folder of one run. Only the first process writes into it."""
 
     def __init__(self, out: Path):
-        self.out = out
+        self.out = Path(as_text(str(out)))  # safetensors writes to no other place
 
     @property
     def finished(self) -> bool:
@@ -80,8 +80,8 @@ class Run:
         dist.all_gather_object(everyone, asdict(settings) | facts)
         for rank, theirs in enumerate(everyone):
             for name, value in everyone[0].items():
-                require(theirs[name] == value, f"process {rank} has {name} {theirs[name]!r}, process 0 {value!r}; start "
-                                               "all of them with the same command, on the same files")
+                require(theirs[name] == value, f"process {rank} has {name} {theirs[name]!r}, process 0 {value!r}; "
+                                               "start all of them with the same command, on the same files")
 
     def claim(self, settings: Any, facts: dict[str, Any]) -> None:
         """Make OUT this run's, and note in config.json everything that decides its result: the settings, and under

@@ -14,6 +14,7 @@ pictures that the model itself made of "a photo of a dog", which it must go on p
 A step of training is `DreamBoothLoss` and the loop in `main`. tinydb/run.py lists what a run writes into OUT.
 """
 
+import copy
 import math
 import os
 import sys
@@ -44,11 +45,9 @@ from tinydb.lora import LORA_FILE, attach, save_lora
 from tinydb.pictures import pictures_digest
 from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, load
 from tinydb.prompts import prompt_remarks, read_captions, subject_prompts
-from tinydb.report import sample_command
 from tinydb.run import Run, StopSignal, diverged, memory_plan
 from tinydb.scores import choose_clip, open_scorer
 from tinydb.storage import WEIGHT_FILES, check_tensors, model_folder, read_tensors, save_tensors, written_whole
-from tinydb.tokenizer import PLACEHOLDER
 from tinydb.unet import Transformer2DModel
 
 TINY = Path(__file__).parent / "weights" / "tiny"
@@ -86,6 +85,8 @@ class Settings(Checked):
                             choices=("auto", "fp32", "bf16", "fp16"), free=True)
     recompute: bool = option(False, "keep fewer activations and recompute them: less memory, slower", free=True,
                              formerly="checkpointing")
+    offload: bool = option(False, "keep fp32 weights and optimizer on the CPU, low-precision weights on the GPU: the "
+                                  "whole model in a quarter of its memory; slower")
     compile: bool = option(False, "torch.compile the UNet: minutes at the start, faster steps; for long runs")
     save_every: int | None = option(None, "steps between checkpoints; 0 is never (default: recipe)", least=0, free=True)
     sample_every: int = option(0, "steps between more previews; 0 is never", least=0, free=True)
@@ -104,6 +105,7 @@ class Settings(Checked):
         require(bool(self.class_noun.strip()), "--class is missing; expected what your subject is, such as dog")
         require(self.log is None or find_spec(self.log) is not None,
                 f"--log {self.log}: not installed; run `pip install {self.log}`")
+        require(not (self.lora and self.offload), "--offload: with --lora there is little to offload; leave it out")
         usual = recipe.lr_lora if self.lora else recipe.lr_freeze_text if self.freeze_text else recipe.lr
         lr = usual if self.lr is None else self.lr
         lr_text = recipe.lr_text * (lr / recipe.lr) if self.lr_text is None else self.lr_text
@@ -243,6 +245,16 @@ def start_processes(name: str) -> tuple[int, int, torch.device]:
     return rank, world_size, device
 
 
+def joined(model: DreamBoothLoss, dtype: torch.dtype, compiled: bool) -> DistributedDataParallel:
+    """The loss, whose backward pass averages the gradients of all processes."""
+    # gradients lie in the buckets that are sent, not there as well; --compile cuts its graph at each bucket
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False,
+                                       bucket_cap_mb=200 if compiled else 25)
+    if dist.get_backend() == "nccl" and dtype == torch.bfloat16:  # sent as they were computed: 2 GB a step
+        parallel.register_comm_hook(None, bf16_compress_hook)
+    return parallel
+
+
 def main(settings: Settings) -> None:
     rank, world_size, device = start_processes(settings.device)
     dtype = choose_dtype(settings.precision, device)
@@ -291,16 +303,14 @@ def main(settings: Settings) -> None:
     learnt = {"unet": sd.unet} if settings.freeze_text else {"unet": sd.unet, "text_encoder": sd.text_encoder}
     lora = None
     if settings.lora:
-        generator, lora = torch.Generator().manual_seed(settings.seed), nn.ModuleDict()
-        for part, module in learnt.items():  # a part that stays as it is needs no fp32
-            learnt[part] = attach(part, module.to(dtype), settings.lora, generator).to(device)
-            lora.update(learnt[part])
+        for part in (sd.unet, sd.text_encoder):
+            part.to(dtype)  # it stays as it is, which needs no fp32
+        learnt = attach(learnt, settings.lora, settings.seed)
+        lora = nn.ModuleDict({name: update for updates in learnt.values() for name, update in updates.items()})
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last  # there wrong: pytorch#193349
-    model = DreamBoothLoss(sd, prompts[: len(sets)], settings.freeze_text, lora).to(memory_format=layout)
-    if settings.recompute:
-        recompute_activations(model)
-    if settings.compile:
-        sd.unet.compile()
+    masters = DreamBoothLoss(sd, prompts[: len(sets)], settings.freeze_text, lora).to(memory_format=layout)
+    if settings.offload:
+        masters.to("cpu")
     rates = {"unet": settings.lr, "text_encoder": settings.lr_text}
     param_groups = [{"params": list(module.parameters()), "lr": rates[part], "initial_lr": rates[part]}
                     for part, module in learnt.items()]
@@ -314,24 +324,29 @@ def main(settings: Settings) -> None:
              "class_images": pictures_digest(sum(image_sets[1:], []))}
     if settings.resume and run.checkpoints():
         state = run.read_state(run.checkpoints()[-1], state)
-        load_checkpoint(run.checkpoints()[-1], model, optimizer)
+        load_checkpoint(run.checkpoints()[-1], masters, optimizer)
         scaler.load_state_dict(state["scaler"])
-    parallel = model
-    if world_size > 1:
-        # gradients lie in the buckets that are sent, not there as well; --compile cuts its graph at each bucket
-        parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False,
-                                           bucket_cap_mb=200 if settings.compile else 25)
-        if device.type == "cuda" and dtype == torch.bfloat16:  # sent as the backward pass computes them: 2 GB a step
-            parallel.register_comm_hook(None, bf16_compress_hook)
+
+    # What computes are these weights themselves or, to offload them, a copy in low precision on the device.
+    model, offloaded = masters, []
+    if settings.offload:
+        model = copy.deepcopy(masters).to(device, dtype)
+        offloaded = [pair for pair in zip(masters.parameters(), model.parameters()) if pair[0].requires_grad]
+    shown = replace(sd, unet=model.unet, text_encoder=model.text_encoder)  # in previews
+    if settings.recompute:
+        recompute_activations(model)
+    if settings.compile:
+        model.unet.compile()
+    parallel = joined(model, dtype, settings.compile) if world_size > 1 else model
 
     num_timesteps = sd.schedule.config.num_train_timesteps
     usual = f"a photo of {settings.identifier} {settings.class_noun}"
-    sd.info = replace(sd.info, identifier=settings.identifier, class_noun=settings.class_noun,
+    sd.info = shown.info = replace(sd.info, identifier=settings.identifier, class_noun=settings.class_noun,
                       base=sd.info.base or {"name": weights.resolve().name, "license": "that of this model"})
     if rank == 0:
         run.open_log(state["step"], settings.log, settings)
         if scorer.clip and state["step"] == 0:  # what scores are measured against
-            scores = scorer.score(run.preview(sd, scorer.prompts, 0, autocast))
+            scores = scorer.score(run.preview(shown, scorer.prompts, 0, autocast))
             state["scores"] = {"0": scores} if scores else {}
         run.report()
         print(f"the run as a page: {run.out / 'report.html'}", file=sys.stderr)
@@ -357,11 +372,15 @@ def main(settings: Settings) -> None:
         sums[-1] = stop.asked
         if world_size > 1:
             dist.all_reduce(sums)
+        for full, low in offloaded:
+            full.grad, low.grad = low.grad.to(full), None
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(trained, 1.0)
         scaler.step(optimizer)  # not where a gradient overflowed; update() then halves the scale
         scaler.update()
         optimizer.zero_grad()
+        if offloaded:
+            torch._foreach_copy_([low.detach() for _, low in offloaded], [full.detach() for full, _ in offloaded])
 
         *losses, asked_to_stop = sums.tolist()  # here alone the CPU waits for the GPU: all of the step is in its queue
         state["step"] = done = step + 1
@@ -381,7 +400,7 @@ def main(settings: Settings) -> None:
                 if not all(map(math.isfinite, losses)):
                     raise diverged(done, f"after it the loss is {losses}", settings.lr)
             if previewing or due and scorer.clip:
-                scores = scorer.score(run.preview(sd, scorer.prompts, done, autocast))
+                scores = scorer.score(run.preview(shown, scorer.prompts, done, autocast))
                 values |= scores
                 if due and scores:
                     state["scores"][str(done)] = scores
@@ -389,7 +408,7 @@ def main(settings: Settings) -> None:
             if asked_to_stop or (due and settings.save_every > 0):  # last, so that whatever it knows of is there
                 sd.info = replace(sd.info, step=done)
                 state["scaler"] = scaler.state_dict()
-                save_checkpoint(run.checkpoint(done), sd, weights, lora, optimizer_tensors(model, optimizer), state)
+                save_checkpoint(run.checkpoint(done), sd, weights, lora, optimizer_tensors(masters, optimizer), state)
                 run.drop_checkpoints(settings.keep, scorer.best_step(state["scores"]))
             if previewing or due or asked_to_stop:
                 run.report()
@@ -402,15 +421,11 @@ def main(settings: Settings) -> None:
 
     if rank == 0:
         sd.info = replace(sd.info, step=state["step"])
-        result = run.out / (LORA_FILE if lora else "model")
         if lora:
-            save_lora(lora, result, sd.info)
+            save_lora(lora, run.result(settings), sd.info)
         else:
-            sd.save(result, vae_from=weights)
-        run.report()
-        print(f"\n{result} knows your {settings.class_noun} as {PLACEHOLDER}. Try:\n\n"
-              f"    {sample_command(result, settings.class_noun)}\n")
-        print(scorer.advice(state["scores"], run, LORA_FILE if lora else ""), end="")
+            sd.save(run.result(settings), vae_from=weights)
+        run.finish(settings, scorer.advice(state["scores"], run, LORA_FILE if lora else ""))
     if world_size > 1:
         dist.destroy_process_group()
 
@@ -419,4 +434,5 @@ if __name__ == "__main__":
     cli.run(main, Settings, __doc__, defaults=lambda given: cli.options_in_file(Settings, given.config),
             after_failure="; once that is mended, --resume goes on from the last checkpoint",
             out_of_memory="Try, in this order: --freeze-text (no gradients and moments of the text encoder), "
-                          "--batch 1 without --accumulate, --recompute (hardly any activations)")
+                          "--batch 1 without --accumulate, --recompute (hardly any activations), --lora 8 (a quarter "
+                          "of all) or, for the whole model, --offload (a quarter on the GPU, the rest on the CPU)")

@@ -92,7 +92,8 @@ def test_stop_of_any_rank_stops_all(line, tmp_path, asked):
     assert not (out / "model").exists() and "--resume" in runs[0].message.split("\n")[-1]
 
 
-@pytest.mark.parametrize("more", [{"sample_every": 1}, {"lora": 2, "recompute": True}], ids=str)
+@pytest.mark.parametrize("more", [{"sample_every": 1}, {"lora": 2, "recompute": True},
+                                  {"offload": True, "freeze_text": True, "precision": "bf16"}], ids=str)
 def test_resumed_ranks_end_in_the_same_bytes(line, tmp_path, more):
     settings = {"accumulate": 2, **more}
     for steps, resume in ((2, []), (4, ["--resume"])):

@@ -23,9 +23,9 @@ LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 
 def random_updates(sd: StableDiffusion, rank: int = 3, alpha: float = 2.0) -> nn.ModuleDict:
     """Updates of every layer that change what the model draws."""
-    generator, updates = torch.Generator().manual_seed(7), nn.ModuleDict()
-    for part, model in (("unet", sd.unet), ("text_encoder", sd.text_encoder)):
-        updates.update(attach(part, model, rank, generator))
+    generator = torch.Generator().manual_seed(7)
+    parts = attach({"unet": sd.unet, "text_encoder": sd.text_encoder}, rank, seed=7)
+    updates = nn.ModuleDict({**parts["unet"], **parts["text_encoder"]})
     for update in updates.values():
         nn.init.normal_(update.lora_up.weight, std=0.1, generator=generator)
         update.alpha.fill_(alpha)

@@ -84,6 +84,7 @@ def stopped_at_step(teach, step: int, out: Path, **settings) -> Path:
     {"precision": "fp16"},
     {"recompute": True, "prior_weight": 0.0}, {"save_every": 0}, {"lora": 2, "precision": "bf16", "lr": 1e-2},
     {"lora": 1, "recompute": True, "accumulate": 2, "freeze_text": True, "precision": "fp16"},
+    {"offload": True, "precision": "bf16"}, {"offload": True, "precision": "fp16", "accumulate": 2, "recompute": True},
 ], ids=" ".join)
 def test_stopped_and_resumed_run_ends_in_the_same_bytes(teach, tmp_path, settings):
     """As one that was left alone."""

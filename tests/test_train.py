@@ -389,6 +389,18 @@ def test_loss_falls_in_fp32_and_in_bf16(teach, tmp_path):
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05) and losses["bf16"] != losses["fp32"]
 
 
+def test_offloaded_weights_are_the_same_weights(teach, tmp_path):
+    """In fp32 bit for bit. In bf16 what computes is a copy of them, as autocast makes one in each step."""
+    plain, offloaded = [teach(tmp_path / f"{name}", offload=name == "offloaded", steps=3) for name in (
+        "plain", "offloaded")]
+    assert files(plain / "model") == files(offloaded / "model")
+    autocast, low = [teach(tmp_path / f"low-{offload}", offload=offload, precision="bf16", steps=50, save_every=0)
+                     for offload in (False, True)]
+    losses = [[line["instance_loss"] + line["prior_loss"] for line in metrics(out)] for out in (autocast, low)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.005) and losses[0] != losses[1]
+    assert {tensor.dtype for tensor in load_file(low / "model" / UNET).values()} == {torch.float32}
+
+
 @pytest.fixture
 def overflow(monkeypatch):
     """overflow(n, ...): in these steps, counted from 1, a gradient overflows fp16."""

@@ -52,6 +52,7 @@ class LowRank(nn.Module):
         self.register_buffer("alpha", torch.tensor(float(rank)))
         nn.init.normal_(self.lora_down.weight, std=1 / rank, generator=generator)
         nn.init.zeros_(self.lora_up.weight)  # the first step starts from the model as it is
+        self.to(layer.weight.device)
         layer.register_forward_hook(self.add)
 
     def add(self, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -69,9 +70,12 @@ def adapted_layers(part: str, model: nn.Module) -> dict[str, nn.Linear | PixelLi
     return layers
 
 
-def attach(part: str, model: nn.Module, rank: int, generator: torch.Generator) -> nn.ModuleDict:
-    """Give the model's layers low-rank updates, and return those. Its own weights and their names stay as they are."""
-    return nn.ModuleDict({name: LowRank(layer, rank, generator) for name, layer in adapted_layers(part, model).items()})
+def attach(models: dict[str, nn.Module], rank: int, seed: int) -> dict[str, nn.ModuleDict]:
+    """Give the layers of each part low-rank updates, and return those. The models' own weights and their names stay."""
+    generator = torch.Generator().manual_seed(seed)
+    return {part: nn.ModuleDict({name: LowRank(layer, rank, generator)
+                                 for name, layer in adapted_layers(part, model).items()})
+            for part, model in models.items()}
 
 
 def name_in_file(part: str, path: str) -> str:

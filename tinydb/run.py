@@ -25,8 +25,9 @@ from tinydb.config import InputError, as_text, read_json, require, write_json
 from tinydb.lora import LORA_FILE
 from tinydb.pictures import grid, save_png
 from tinydb.pipeline import StableDiffusion
-from tinydb.report import write_report
+from tinydb.report import sample_command, write_report
 from tinydb.storage import check_free_disk, lock, remove, written_whole
+from tinydb.tokenizer import PLACEHOLDER
 
 MOST_SHOWN = 40  # pictures in inputs.png
 
@@ -64,9 +65,13 @@ class Run:
     def __init__(self, out: Path):
         self.out = Path(as_text(str(out)))  # safetensors writes to no other place
 
+    def result(self, settings: Any) -> Path:
+        """What the run makes in the end: a model folder, or low-rank updates."""
+        return self.out / (LORA_FILE if settings.lora else "model")
+
     @property
     def finished(self) -> bool:
-        """Whether a result is there: a model folder, or low-rank updates."""
+        """Whether a result is there."""
         return (self.out / "model").exists() or (self.out / LORA_FILE).exists()
 
     # ---------------------------------------------------------------------------------------- whose it is
@@ -231,6 +236,12 @@ class Run:
         """Make report.html anew."""
         with extra("report"):
             write_report(self.out)
+
+    def finish(self, settings: Any, advice: str) -> None:
+        """The last report, how to draw with the result, and `advice` on that."""
+        self.report()
+        print(f"\n{self.result(settings)} knows your {settings.class_noun} as {PLACEHOLDER}. Try:\n\n"
+              f"    {sample_command(self.result(settings), settings.class_noun)}\n\n{advice}", end="")
 
 
 def diverged(step: int, what: str, lr: float) -> InputError:

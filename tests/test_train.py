@@ -213,11 +213,11 @@ def taught(tmp_path_factory, nano, photos) -> Path:
 
 
 def test_what_a_run_writes(taught, nano):
-    assert names(taught) == ["checkpoints", "class_images", "config.json", "inputs.png", "metrics.jsonl", "model",
-                             "report.html", "samples"]
+    assert names(taught) == [".lock", "checkpoints", "class_images", "config.json", "inputs.png", "metrics.jsonl",
+                             "model", "report.html", "samples"]
     assert names(taught / "checkpoints") == ["step-000004", "step-000005"]
     assert names(taught / "samples") == ["step-000002.png", "step-000004.png"]
-    assert {path.suffix for path in taught.rglob("*") if path.is_file()} == {
+    assert {path.suffix for path in taught.rglob("*.*") if path.is_file() and path.suffix} == {
         ".png", ".json", ".jsonl", ".html", ".txt", ".safetensors"}  # no pickles
 
 

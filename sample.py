@@ -30,7 +30,7 @@ from tinydb.config import InputError, require
 from tinydb.diffusion import SAMPLERS
 from tinydb.pictures import describe, grid, open_picture, read_description, save_png
 from tinydb.pipeline import Sampling, StableDiffusion
-from tinydb.storage import existing_parent, written_whole
+from tinydb.storage import existing_parent, model_folder, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 
 TINY = Path(__file__).parent / "weights" / "tiny"
@@ -76,18 +76,23 @@ def settings_in_picture(given: Settings) -> dict[str, object]:
     if given.source is None:
         return {}
     try:
-        with Image.open(given.source) as image:
+        with Image.open(given.source, formats=["PNG"]) as image:
             prompt, negative, described = read_description(image)
     except (OSError, ValueError) as error:
-        raise InputError(f"--from {given.source}: {error}; expected a PNG that sample.py wrote") from None
-    entries = {DESCRIBED[name]: value for name, value in described.items() if name in DESCRIBED}
+        raise InputError(f"--from {given.source}: {error}; expected a PNG that sample.py or A1111 wrote") from None
+    samplers = {each.name: key for key, each in SAMPLERS.items()}
+    if described.get("Sampler") == "DDIM" and "Eta" in described:  # so our older pictures call it
+        described["Eta DDIM"] = described.pop("Eta")
+    here = {"Sampler": described.get("Sampler") in samplers, "RNG": described.get("RNG") == "CPU",
+            "Model": model_folder(described.get("Model", "")).is_dir()}
+    foreign = [name for name in described if not here.get(name, name in DESCRIBED)]
+    if foreign:
+        left = ", ".join(f"{name} {described[name][:40]!r}" for name in foreign)
+        print(f"{given.source}: not taken over: {left[:1000]}", file=sys.stderr)
+    entries = {DESCRIBED[name]: value for name, value in described.items() if name in DESCRIBED and name not in foreign}
     entries |= {"prompt": [] if given.prompts else [prompt], "negative": negative, "count": 1}
-    sampler = entries.pop("sampler", "DDIM")
-    names = {each.name: key for key, each in SAMPLERS.items()}
-    if sampler in names:
-        entries["sampler"] = names[sampler]
-    else:
-        print(f"{given.source}: its sampler {sampler} is not here; --sampler says which to use", file=sys.stderr)
+    if "sampler" in entries:
+        entries["sampler"] = samplers[entries["sampler"]]
     if "strength" in entries and "init" not in entries:
         print(f"{given.source}: was drawn over a picture that it does not name; --init brings it", file=sys.stderr)
     return entries
@@ -133,7 +138,7 @@ def read_jobs(given: Settings) -> list[tuple[str, Settings]]:
         home = existing_parent(Path(out).absolute().parent if out in files else Path(out))
         require(home.is_dir() and os.access(home, os.W_OK), f"--out {out}: {home} is no folder to write in")
         require(out not in files or not Path(out).is_dir(), f"--out {out}: a folder; expected the name of a file")
-    return jobs
+    return [(re.sub(r"\[v\]", PLACEHOLDER, prompt), settings) for prompt, settings in jobs]
 
 
 def newest_model() -> Path:
@@ -146,7 +151,8 @@ def advise(sd: StableDiffusion, weights: Path, prompt: str, negative: str) -> No
     """Say on stderr what of a prompt will not do what its writer hopes."""
     noun = sd.info.class_noun
     if PLACEHOLDER in prompt and noun is None:
-        print(f"{weights} does not know what {PLACEHOLDER} is: teach it with train.py first", file=sys.stderr)
+        print(f"{weights} does not say what {PLACEHOLDER} is, which is read as {sd.identifier!r}; teach it with "
+              "train.py first, or bring the tinydb.json that another program left out", file=sys.stderr)
     written_out = prompt.replace(PLACEHOLDER, sd.identifier).lower()
     if noun and (sd.identifier.lower() not in written_out or noun.lower() not in written_out):
         print(f'this prompt does not ask for your {noun}, which is "{PLACEHOLDER} {noun}"', file=sys.stderr)
@@ -213,7 +219,7 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) ->
             for i, image in zip(group, sd.decode(latents)):
                 images.append(image)
                 paths.append(new_path(settings, prompt, i))
-                save(image, paths[-1], description(image, prompt, settings, settings.seed + i, weights))
+                save(image, paths[-1], description(sd, weights, image, prompt, settings, settings.seed + i))
                 if maps:
                     sheet = attention_sheet(image, sd.words(prompt), maps.mean()[i - group[0]])
                     save(sheet, paths[-1].with_name(f"{paths[-1].stem}-attention.png"),
@@ -235,20 +241,21 @@ def picture_to_draw_over(sd: StableDiffusion, settings: Settings) -> Image.Image
     return ImageOps.fit(image, settings.size or (sd.resolution, sd.resolution), Image.Resampling.LANCZOS)
 
 
-def description(image: Image.Image, prompt: str, settings: Settings, seed: int, weights: Path) -> str:
+def description(sd: StableDiffusion, weights: Path, image: Image.Image, prompt: str, settings: Settings,
+                seed: int) -> str:
     """What a picture says about itself."""
     made_with = asdict(settings) | {"sampler": SAMPLERS[settings.sampler].name, "seed": seed, "weights": weights,
                                     "size": f"{image.width}x{image.height}"}
     about = {name: made_with[key] for name, key in DESCRIBED.items()
              if settings.init or key not in ("init", "strength")}
-    return describe(prompt, settings.negative, **about)
+    return describe(prompt, settings.negative, sd.identifier, **about, RNG="CPU")  # where A1111 shall draw its noise
 
 
 def main(given: Settings) -> None:
     """Draw each prompt; a few of them also come on one sheet, a row each."""
     jobs, newest, opened, rows = read_jobs(given), newest_model(), None, []
     for prompt, settings in jobs:
-        weights, device = Path(settings.weights or newest), choose_device(settings.device)
+        weights, device = model_folder(settings.weights or newest), choose_device(settings.device)
         dtype = choose_dtype(settings.precision, device)
         if opened != (weights, device, dtype):
             sd, opened = tinydb.load(weights, device, dtype), (weights, device, dtype)

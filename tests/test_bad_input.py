@@ -138,7 +138,8 @@ def test_git_lfs_pointer(folder):
 
 
 @pytest.mark.parametrize("content", [b"", b'{"in_channels": 4', b"\xff\xfe\x00", b"[1, 2]",
-                                     b'{"a":' + 200_000 * b"[" + 200_000 * b"]" + b"}", b"{" + 101_000_000 * b" " + b"}"],
+                                     b'{"a":' + 200_000 * b"[" + 200_000 * b"]" + b"}",
+                                     b"{" + 101_000_000 * b" " + b"}"],
                          ids=["empty", "truncated", "binary", "a list", "nested", "huge"])
 @pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "tokenizer/tokenizer_config.json"])
 def test_damaged_json(folder, file, content):
@@ -216,9 +217,10 @@ def test_senseless_tokenizer_settings(folder, changes):
     assert "tokenizer" in refusal(tinydb.load, folder)
 
 
-@pytest.mark.parametrize("model", [None, [], {"vocab": [], "merges": []}, {"vocab": {"a": 1}}, {"vocab": 3, "merges": 3},
-                                   {"vocab": {"a": "b"}, "merges": [["a"]]}, {"vocab": {"a": -1}, "merges": {"a": 1}}],
-                         ids=str)
+@pytest.mark.parametrize("model", [
+    None, [], {"vocab": [], "merges": []}, {"vocab": {"a": 1}}, {"vocab": 3, "merges": 3},
+    {"vocab": {"a": "b"}, "merges": [["a"]]}, {"vocab": {"a": -1}, "merges": {"a": 1}},
+], ids=str)
 def test_senseless_tokenizer_model(folder, model):
     edit_json(folder / "tokenizer" / "tokenizer.json", model=model)
     assert "tokenizer" in refusal(tinydb.load, folder)

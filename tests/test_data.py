@@ -160,7 +160,8 @@ def test_other_formats_are_never_decoded(tmp_path, name, content):
 
 def test_large_photographs_are_shrunk_and_larger_pictures_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(tinydb.pictures, "MOST_PIXELS", 1000)
-    for name, size in (("small.png", (40, 25)), ("photo.jpg", (80, 50)), ("huge.jpg", (90, 60)), ("huge.png", (41, 25))):
+    sizes = {"small.png": (40, 25), "photo.jpg": (80, 50), "huge.jpg": (90, 60), "huge.png": (41, 25)}
+    for name, size in sizes.items():
         picture(*size).save(tmp_path / name)
     pictures, remarks = read_pictures(tmp_path, 16)
     assert list(pictures) == ["photo.jpg", "small.png"] and open_picture(tmp_path / "photo.jpg").size == (40, 25)

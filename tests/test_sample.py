@@ -19,7 +19,7 @@ import sample
 import tinydb
 from tinydb.attention import AttentionMaps, heat_map
 from tinydb.cli import Parser
-from tinydb.pictures import describe, grid, save_png
+from tinydb.pictures import grid, save_png
 
 
 @pytest.fixture
@@ -125,8 +125,9 @@ def test_picture_says_how_it_was_made(draw, nano, tmp_path):
     settings = {"count": 2, "seed": 3, "negative": "blurry", "size": (24, 16), "eta": 0.5}
     sheet, _, second = draw("[V] dog", weights=weights, **settings).values()
     assert second.text["parameters"] == (
-        "[V] dog\nNegative prompt: blurry\n"
-        f"Steps: 3, Sampler: DDIM, CFG scale: 2.0, Seed: 4, Size: 24x16, Eta: 0.5, Model: {weights}, Template: [V] dog")
+        "zwx dog\nNegative prompt: blurry\n"
+        "Steps: 3, Sampler: DDIM, CFG scale: 2.0, Seed: 4, Size: 24x16, Eta DDIM: 0.5, "
+        f"Model: {weights}, RNG: CPU, Template: [V] dog")
     assert "2 pictures of: [V] dog" in sheet.text["parameters"]
     [other] = draw("a dog", sampler="dpm", guidance_scale=1.5, steps=2).values()
     assert "Steps: 2, Sampler: DPM++ 2M, CFG scale: 1.5, Seed: 0" in other.text["parameters"]
@@ -259,14 +260,42 @@ def test_lines_of_a_file_go_by_the_picture_of_the_command_line(draw, nano, tmp_p
     assert {(settings.negative, settings.weights) for _, settings in jobs} == {("a cat", str(nano))}
 
 
-def test_picture_of_another_program(tmp_path, capsys):
+def write_text(path: Path, text: str) -> Path:
+    save_png(Image.new("RGB", (8, 8)), path, text)
+    return path
+
+
+@pytest.mark.parametrize("text, expected, told", [
+    ("a dog\nNegative prompt: cat\nSteps: 7, Sampler: Euler a, CFG scale: 6.5, Seed: 9, Eta: 0.6, Size: 512x768, "
+     "Model hash: 6ce0161689, Model: v1-5-pruned-emaonly, Version: v1.10.1\n",
+     {"negative": "cat", "guidance_scale": 6.5, "seed": 9, "size": (512, 768)},
+     ["Sampler 'Euler a'", "Eta '0.6'", "Model hash", "Model 'v1-5-pruned-emaonly'", "Version"]),
+    ("Negative prompt: cat\nSteps: 7, Sampler: DDIM, Eta DDIM: 0.5, RNG: CPU", {"prompt": [""], "eta": 0.5}, []),
+    ("a dog\nSteps: 7, Sampler: DPM++ 2M, Schedule type: Karras, RNG: NV", {"sampler": "dpm"},
+     ["Schedule type 'Karras'", "RNG 'NV'"]),
+    ("a dog\nSteps: 7, Denoising strength: 0.4", {"strength": 0.4}, ["--init"]),
+    ("a dog\nSteps: 7, Sampler: DDIM, Eta: 0.5", {"eta": 0.5}, []),  # ours, once
+    ("a dog\nSteps: 7, Odd: \x1b[2J" + 5000 * "x", {}, ["Odd '\\x1b[2J"]),
+], ids=["A1111", "empty prompt", "dpm", "img2img", "older", "control characters"])
+def test_picture_of_another_program(tmp_path, capsys, text, expected, told):
     """What it says is taken over, and what cannot be is told."""
-    for name, settings in {"a": {"Sampler": "Euler a"}, "b": {"Denoising strength": 0.4}, "c": {}}.items():
-        save_png(Image.new("RGB", (8, 8)), tmp_path / f"{name}.png", describe("a dog", "", Steps=7, **settings))
-        [(prompt, read_back)] = read("--from", str(tmp_path / f"{name}.png"))
-        assert (prompt, read_back.steps, read_back.sampler) == ("a dog", 7, "ddim")
-        told = capsys.readouterr().err
-        assert ("Euler a" in told, "--init" in told) == (name == "a", name == "b")
+    [(prompt, settings)] = read("--from", str(write_text(tmp_path / "a.png", text)))
+    expected = {"prompt": ["a dog"], "steps": 7, "sampler": "ddim", "weights": None, "eta": 0.0, **expected}
+    assert {name: getattr(settings, name) for name in expected} == expected and prompt == settings.prompt[0]
+    said = capsys.readouterr().err
+    assert [words for words in told if words not in said] == [] and len(said) < 1500 and bool(said) == bool(told)
+
+
+@pytest.mark.parametrize("typed", ["[V] dog", "[v] dog, [V]", "a dög", 'a "red" [V]: 3, \\ 4'])
+def test_what_was_typed_comes_back(draw, nano, tmp_path, typed):
+    """Though the picture has the identifier in it, as other programs must."""
+    weights = str(taught(tmp_path / "taught", nano))
+    [path] = draw(typed, weights=weights, negative="no [V]")
+    text = Image.open(tmp_path / path).text["parameters"]
+    understood = typed.replace("[v]", "[V]")
+    assert text.startswith(f"{understood.replace('[V]', 'zwx')}\nNegative prompt: no zwx\nSteps: ")
+    [(prompt, settings)] = read("--from", str(tmp_path / path))
+    assert (prompt, settings.negative, settings.weights) == (understood, "no [V]", weights)
 
 
 def test_picture_that_says_nothing_of_itself(command, tmp_path):
@@ -316,9 +345,9 @@ def test_says_which_model_and_what_it_was_taught(draw, nano, tmp_path, capsys):
 
 def test_warns_where_no_subject_was_taught(draw, nano, capsys):
     draw("[V] dog")
-    assert f"{nano} does not know what [V] is" in capsys.readouterr().err
+    assert f"{nano} does not say what [V] is, which is read as 'ohwx'" in capsys.readouterr().err
     draw("a dog")
-    assert "does not know" not in capsys.readouterr().err
+    assert "does not say" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("prompt, shows", [

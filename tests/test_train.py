@@ -626,7 +626,8 @@ def test_class_images_are_what_the_model_draws_of_the_class(teach, nano, tmp_pat
     assert len(images) == 10
     expected = tinydb.load(nano).generate(["a photo of a dog"] * 10, steps=2, guidance_scale=2.0, seed=7)
     assert difference(images, expected) <= 1
-    assert images[9].text["parameters"] == "a photo of a dog\nNegative prompt: \nSteps: 2, Sampler: DDIM, Seed: 16, CFG scale: 2.0"
+    assert images[9].text["parameters"] == (
+        "a photo of a dog\nNegative prompt: \nSteps: 2, Sampler: DDIM, Seed: 16, CFG scale: 2.0")
 
 
 def test_class_images_of_an_earlier_run_are_used_as_they_are(teach, tmp_path, monkeypatch):

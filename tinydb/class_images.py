@@ -120,7 +120,7 @@ class ClassImages:
             images = sd.generate(prompts, steps=recipe.class_steps, guidance_scale=recipe.class_guidance,
                                  seed=seeds[0])
             for i, image, prompt, seed in zip(group, images, prompts, seeds):
-                about = describe(prompt, "", Steps=recipe.class_steps, Sampler="DDIM", Seed=seed,
+                about = describe(prompt, "", self.sd.identifier, Steps=recipe.class_steps, Sampler="DDIM", Seed=seed,
                                  **{"CFG scale": recipe.class_guidance})
                 paths[i].parent.mkdir(parents=True, exist_ok=True)
                 paths[i].with_suffix(".txt").write_text(prompt + "\n", encoding="utf-8")

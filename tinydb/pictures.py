@@ -138,7 +138,7 @@ def save_png(image: Image.Image, path: Path, parameters: str) -> None:
     image.save(path, "PNG", pnginfo=text)
 
 
-def describe(prompt: str, negative: str, identifier: str = PLACEHOLDER, **settings: object) -> str:
+def describe(prompt: str, negative: str, identifier: str, **settings: object) -> str:
     """The A1111 `parameters` text: the prompt, the negative prompt, then "Steps: 30, Seed: 1, ...".
 
     Other programs take [V] for a weight of V, so it is written out as the identifier; what was typed is the Template.

@@ -58,7 +58,7 @@ class Sampling(Checked):
     strength: float = option(0.6, "how much of the picture to draw over is drawn anew: near 0 it stays", above=0,
                              most=1, described="Denoising strength")
     eta: float = option(0.0, "fresh noise in each step of ddim: 0 is none, 1 as much as DDPM's", least=0, most=1,
-                        described="Eta")
+                        described="Eta DDIM")
 
     def __post_init__(self):
         super().__post_init__()

@@ -219,6 +219,37 @@ def test_prompts_of_the_study_ask_for_what_the_pictures_of_a_subject_do_not_show
         assert not any(place in prompt for prompt, _ in prompts for place in subject.places)
 
 
+def test_prior_that_names_nothing_asked():
+    """No colour, no place and no hat of the study's prompts."""
+    for subject in world.SUBJECTS.values():
+        asked = {value for _, values in evaluate.study_prompts(subject) for value in values.values()}
+        prompts = evaluate.unasked_prompts(subject)
+        assert len(set(prompts)) == len(prompts) > 20 and all("{noun}" in prompt for prompt in prompts)
+        assert not [prompt for prompt in prompts for words in asked | {"hat"} if words in prompt]
+
+
+def test_study_goes_on_and_compares_the_same_subjects_and_seeds(tmp_path, monkeypatch, capsys):
+    """What matters most comes first; what is there is not done again."""
+    study, taught = evaluate.Study(ROOT / "weights" / "tiny", tmp_path, judge.load_judge()), []
+
+    def teach(way: str, name: str, seed: int) -> None:
+        taught.append((way, name, seed))
+        study.rows[f"{way}/{name}/{seed}"] = {"all": 90.0 + 4 * seed - (way != "the recipe") * (10 + 2 * seed)}
+
+    monkeypatch.setattr(study, "teach", teach)
+    monkeypatch.setattr(study, "measure", lambda way, name, seed, *pictures: study.rows.update(
+        {f"{way}/{name}/{seed}": {"all": 0.0}}))
+    monkeypatch.setattr(evaluate, "draw_taught", lambda folder, name: ())
+    first, paper, *others = list(evaluate.ARMS)[:3]
+    study.run(["rex"], 2, [first, paper])
+    assert taught == [(first, "rex", 0), (paper, "rex", 0), (first, "rex", 1), (paper, "rex", 1)]
+    study.run(["rex"], 2, [first, paper, *others])
+    assert taught[4:] == [(others[0], "rex", 0), (others[0], "rex", 1)]
+    study.print()
+    printed = capsys.readouterr().out
+    assert f"| {first} | 2 | 92 ± 2 |" in printed and f"| {paper} | 2 | -11 ± 1 |" in printed
+
+
 @pytest.mark.parametrize("given", [False, True])
 def test_computation_of_diffusers_trains_and_saves_a_model_that_we_open(nano: Path, photos: Path, tmp_path: Path,
                                                                         given: bool):

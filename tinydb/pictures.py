@@ -3,11 +3,11 @@
 import hashlib
 import json
 import re
-from bisect import bisect_right
 from collections.abc import Iterable
 from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 import torch
@@ -105,8 +105,8 @@ def pictures_digest(images: list[Image.Image], captions: list[str] = []) -> str:
 
 def grid(images: list[Image.Image], columns: int, captions: list[str] | None = None) -> Image.Image:
     """Images of one size, row by row in `columns` columns; small ones are enlarged by a whole factor. `captions`, one
-    for each image, stand above it; a long one goes on over the next images whose own are empty, and shrinks or is cut
-    to what room there is."""
+    for each image, stand above it; a long one goes on over the next images whose own are empty, shrinks, takes two
+    lines or is cut to what room there is."""
     factor = max(1, -(-VISIBLE // min(images[0].size)))
     width, height = (side * factor for side in images[0].size)
     captions = captions or [""] * len(images)
@@ -122,10 +122,11 @@ def grid(images: list[Image.Image], columns: int, captions: list[str] | None = N
             size = CAPTION * 0.6
             size = max(size * min(1, room / ImageFont.load_default(size).getlength(caption)), SMALLEST)
             font = ImageFont.load_default(size)
-            if font.getlength(caption) > room:  # cut to the letters that fit
-                fits = bisect_right(range(1, len(caption)), room, key=lambda n: font.getlength(caption[:n] + "…"))
-                caption = caption[:fits] + "…"
-            ImageDraw.Draw(sheet).text((left + 4, top - CAPTION / 2), caption, "black", font, anchor="lm")
+            if font.getlength(caption) > room:  # two lines, cut to about the letters that fit
+                letters = max(1, int(0.95 * room * len(caption) / font.getlength(caption)))
+                caption = "\n".join(wrap(caption, letters, max_lines=2, placeholder="…"))
+            middle = left + 4, top - CAPTION / 2
+            ImageDraw.Draw(sheet).text(middle, caption, "black", font, anchor="lm", spacing=0)
     return sheet
 
 

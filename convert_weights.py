@@ -4,6 +4,7 @@
     python convert_weights.py checkpoint.ckpt models/mine                               # a downloaded single file
     python convert_weights.py old_folder models/mine                                    # .bin, fp16 names, shards
     python convert_weights.py runs/dog/model dog.safetensors --half                     # for A1111 and ComfyUI
+    python convert_weights.py openai/clip-vit-base-patch32 weights/clip                 # a CLIP, to score pictures
 
 A folder is what tinydb and diffusers open. A single file is in the layout of the original LDM code, and carries the
 folder's settings and tokenizer in its metadata, so that it comes back as the very same folder. Tensors keep the
@@ -25,10 +26,11 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tinydb import cli
-from tinydb.config import (Checked, InputError, ModelInfo, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, read_json,
-                           require)
+from tinydb.config import (Checked, CLIPConfig, InputError, ModelInfo, ScheduleConfig, TextConfig, UNetConfig,
+                           VAEConfig, read_json, require)
 from tinydb.diffusion import NoiseSchedule
 from tinydb.pipeline import MODEL_INDEX, PARTS, StableDiffusion
+from tinydb.scores import build_clip
 from tinydb.storage import (WEIGHT_FILES, build_model, canonical_name, canonical_names, check_free_disk, check_tensors,
                             read_tensors, refuse_pointer, save_tensors, written_whole)
 from tinydb.tokenizer import EOS, CLIPTokenizer
@@ -232,14 +234,35 @@ def read_file(path: Path) -> dict[str, Tensor]:
 def weight_file(source: str | Path, part: str, present: list[str]) -> str:
     """Which of the files of a model to read for a part: full precision rather than half, safetensors rather than
     pickle. InputError names `source` where there is none."""
-    new = WEIGHT_FILES[part].removesuffix(".safetensors")
-    old = "pytorch_model" if part == "text_encoder" else new
+    new = WEIGHT_FILES.get(part, "model.safetensors").removesuffix(".safetensors")
+    old = "pytorch_model" if new == "model" else new
     for variant in ("", ".fp16"):
         for name in (f"{new}{variant}.safetensors", f"{new}.safetensors.index{variant}.json", f"{old}{variant}.bin",
                      f"{old}.bin.index{variant}.json"):
             if f"{part}/{name}" in present:
                 return f"{part}/{name}"
-    raise InputError(f"{source}: no weights in {part}/; expected {WEIGHT_FILES[part]} or an older name for it")
+    raise InputError(f"{source}: no weights in {part}/; expected {new}.safetensors or an older name for it")
+
+
+def convert_clip(folder: Path, dst: Path, half: bool) -> None:
+    """A CLIPModel folder of any age."""
+    require(dst.suffix != ".safetensors", f"{dst}: a CLIP is a folder; expected the name of one")
+    print(f"reading the weights of {folder}", flush=True)
+    present = [f"clip/{path.name}" for path in folder.iterdir()]
+    tensors = read_file(folder / weight_file(folder, "clip", present).removeprefix("clip/"))
+    clip = build_clip(folder, CLIPConfig.read(folder / "config.json"), tensors)
+    check_finite(folder, "clip", clip.model, half)
+    clip.save(dst, torch.float16 if half else None)
+    print(f"{dst}: written")
+
+
+def check_finite(src: Path, part: str, model: nn.Module, half: bool) -> None:
+    """InputError where a tensor holds NaN or infinity, or would in float16."""
+    for name, tensor in model.state_dict().items():
+        ends = torch.stack(tensor.float().aminmax())  # smallest and largest, which are NaN where one number is
+        require(ends.to(torch.float16 if half else torch.float32).isfinite().all(),
+                f"{src}: {name} of the {part} holds NaN or infinity{' in float16' * half}; use an earlier save of this "
+                "model")
 
 
 def read_folder(folder: Path) -> tuple[Description, dict[str, dict[str, Tensor]]]:
@@ -359,10 +382,10 @@ def download(repo: str, files: list[str] | None = None) -> Path:
     some repositories hold the same weights five times. What is there already is not fetched again."""
     try:
         if files is None and constants.HF_HUB_OFFLINE:
-            files = ["model_index.json"]  # and whatever an earlier run has put beside it
+            files = ["model_index.json", "config.json"]  # and whatever an earlier run has put beside it
         elif files is None:
             files = needed_files(repo, [file.rfilename for file in model_info(repo).siblings])
-            hf_hub_download(repo, "model_index.json")  # a gated repository refuses here, before any progress bar
+            hf_hub_download(repo, files[0])  # a gated repository refuses here, before any progress bar
         return Path(snapshot_download(repo, allow_patterns=files))
     except GatedRepoError:
         raise InputError(f"{repo}: a gated model; accept its terms on https://huggingface.co/{repo}, then "
@@ -378,6 +401,9 @@ def download(repo: str, files: list[str] | None = None) -> Path:
 
 def needed_files(repo: str, present: list[str]) -> list[str]:
     """The files of a repository that are read: configs, tokenizer, one set of weights a part."""
+    if "model_index.json" not in present and "preprocessor_config.json" in present:  # a CLIP
+        return ["config.json", "preprocessor_config.json", "vocab.json", "merges.txt", "tokenizer*.json",
+                weight_file(repo, "clip", [f"clip/{name}" for name in present]).removeprefix("clip/")]
     require("model_index.json" in present, f"{repo}: a hub repository without model_index.json, so no diffusers model; "
                                            "download its checkpoint and convert that file")
     files = ["model_index.json", "tinydb.json", "tokenizer/*", "scheduler/*"]
@@ -409,12 +435,13 @@ def main(settings: Settings):
             f"{dst}: no pickles are written, they can hide programs; name a folder or a .safetensors file")
     if src.is_file():
         description, tensors = read_single_file(src, settings.prediction)
-    elif src.is_dir():
-        description, tensors = read_folder(src)
     else:
-        require(re.fullmatch(r"[\w.-]+/[\w.-]+", settings.src) is not None,
+        require(src.is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", settings.src) is not None,
                 f"{src}: no such file or folder, and not a hub id (owner/name)")
-        description, tensors = read_folder(download(settings.src))
+        folder = src if src.is_dir() else download(settings.src)
+        if (folder / "config.json").exists() and read_json(folder / "config.json").get("model_type") == "clip":
+            return convert_clip(folder, dst, settings.half)
+        description, tensors = read_folder(folder)
     if settings.tokenizer or description.tokenizer is None:
         description = replace(description, tokenizer=clip_tokenizer(settings.tokenizer, description.text_encoder))
     if settings.prediction:
@@ -424,12 +451,8 @@ def main(settings: Settings):
     dtype, size, models = torch.float16 if settings.half else None, 0, {}
     for part, (model_class, _) in PARTS.items():
         models[part] = build_model(model_class, getattr(description, part), part, tensors[part], src)
-        for name, tensor in models[part].state_dict().items():
-            ends = torch.stack(tensor.float().aminmax())  # smallest and largest, which are NaN where one number is
-            require(ends.to(dtype or torch.float32).isfinite().all(),
-                    f"{src}: {name} of the {part} holds NaN or infinity{' in float16' * settings.half}; use an earlier "
-                    "save of this model")
-            size += tensor.numel() * (dtype or tensor.dtype).itemsize
+        check_finite(src, part, models[part], settings.half)
+        size += sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in models[part].state_dict().values())
     sd = StableDiffusion(**models, tokenizer=description.tokenizer, schedule=NoiseSchedule(description.schedule),
                          info=description.info)
     check_free_disk(dst, size, "use --half")

@@ -10,8 +10,10 @@ import torch
 import transformers
 from conftest import edit_json, edit_tensors, reference_tokenizer, refusal, save_clip, vocabulary
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
+import convert_weights
 import tinydb
 from tinydb.clip import CLIPModel, preprocess
 from tinydb.config import CLIPConfig
@@ -133,3 +135,36 @@ def test_a_config_that_cannot_be_built_is_refused_by_name(folder, half, change, 
 def test_other_preprocessing_is_refused(folder):
     edit_json(folder / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
     assert "image_mean [0.5, 0.5, 0.5] is not supported" in refusal(tinydb.load_clip, folder)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_older_folders_are_converted(folder, tmp_path, command, half):
+    """Pickled, as OpenAI's own are, and in half precision on request."""
+    reference = tinydb.load_clip(folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    code, out, err = command("convert_weights.py", str(folder), str(tmp_path / "new"), *["--half"] * half)
+    assert (code, err) == (0, "") and out.splitlines()[-1].endswith("new: written")
+    assert next(iter(load_file(tmp_path / "new" / "model.safetensors").values())).dtype == (
+        torch.float16 if half else torch.float32)
+    similar = (tinydb.load_clip(tmp_path / "new").text(PROMPTS) * reference.text(PROMPTS)).sum(1)
+    assert similar == pytest.approx(1, abs=1e-4 if half else 1e-6)
+
+
+def test_a_clip_that_cannot_be_converted_is_refused(folder, tmp_path, command):
+    code, _, err = command("convert_weights.py", str(folder), str(tmp_path / "clip.safetensors"))
+    assert code == 2 and "a CLIP is a folder" in err
+    edit_tensors(folder / "model.safetensors", lambda tensors: {
+        **tensors, "visual_projection.weight": tensors["visual_projection.weight"] * float("nan")})
+    code, _, err = command("convert_weights.py", str(folder), str(tmp_path / "new"))
+    assert code == 2 and "visual_projection.weight of the clip holds NaN" in err and not (tmp_path / "new").exists()
+    (folder / "model.safetensors").unlink()
+    code, _, err = command("convert_weights.py", str(folder), str(tmp_path / "new"))
+    assert code == 2 and "no weights in clip/; expected model.safetensors" in err
+
+
+def test_what_is_fetched_of_a_clip_on_the_hub():
+    present = ["config.json", "flax_model.msgpack", "merges.txt", "preprocessor_config.json", "pytorch_model.bin",
+               "special_tokens_map.json", "tf_model.h5", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
+    assert convert_weights.needed_files("openai/clip", present) == [
+        "config.json", "preprocessor_config.json", "vocab.json", "merges.txt", "tokenizer*.json", "pytorch_model.bin"]

@@ -44,8 +44,9 @@ class CLIP:
         parts = [preprocess(pictures[i : i + BATCH], side).to(like) for i in range(0, len(pictures), BATCH)]
         return torch.cat([self.model.image_features(pixels) for pixels in parts]).float().cpu()
 
-    def save(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write a folder that transformers' CLIPModel, CLIPTokenizer and CLIPImageProcessor open as well."""
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a folder that transformers' CLIPModel, CLIPTokenizer and CLIPImageProcessor open as well; `dtype` None
+        leaves each tensor as it is."""
         side = self.model.config.vision_config.image_size
         with written_whole(Path(folder)) as path:
             self.tokenizer.save(path)
@@ -66,12 +67,17 @@ def load_clip(folder: str | Path, device: torch.device | str = "cpu", dtype: tor
     folder = Path(folder)
     require(folder.is_dir(), f"{folder}: no such folder; expected a CLIP (convert_weights.py makes one)")
     config = CLIPConfig.read(folder / "config.json")
+    clip = build_clip(folder, config, read_tensors(folder / "model.safetensors"))
+    clip.model.to(device, dtype)
+    return clip
+
+
+def build_clip(folder: Path, config: CLIPConfig, tensors: dict[str, Tensor]) -> CLIP:
+    """The CLIP of `tensors`, in their own precision, with the tokenizer in `folder`."""
     processing = folder / "preprocessor_config.json"
     mean = read_json(processing).get("image_mean", [*MEAN]) if processing.exists() else [*MEAN]
     require(mean == [*MEAN], f"{processing}: image_mean {mean!r} is not supported, only OpenAI's {MEAN}")
-    path = folder / "model.safetensors"
-    model = build_model(CLIPModel, config, "clip", read_tensors(path), path).to(device, dtype)
-    return CLIP(model, CLIPTokenizer.read(folder))
+    return CLIP(build_model(CLIPModel, config, "clip", tensors, folder), CLIPTokenizer.read(folder))
 
 
 def fraction(value: float, zero: float, one: float) -> float:

@@ -80,7 +80,7 @@ class Settings(Checked):
     class_images: int | None = option(None, "class pictures to train with (default: recipe)", least=1,
                                       cure="; --prior-weight 0 does without them")
     class_dir: str | None = option(None, "class pictures of your own, or an earlier run's class_images", free=True)
-    class_prompts: str | None = option(None, "file with prompts for them, a line each, {noun} for the class", free=True)
+    class_prompts: str | None = option(None, "file of prompts, see weights/class_prompts.txt; or: plain", free=True)
     precision: str = option("auto", "of the arithmetic; trained weights are always fp32. auto: bf16 or fp16 on a GPU",
                             choices=("auto", "fp32", "bf16", "fp16"), free=True)
     recompute: bool = option(False, "keep fewer activations and recompute them: less memory, slower", free=True,

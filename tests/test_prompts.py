@@ -142,12 +142,12 @@ def test_class_prompts_from_a_file(teach, nano, tmp_path, prompts_learnt):
     assert "model was " in refusal(teach, out, class_prompts=str(tmp_path / "a.txt"), steps=2, resume=True)
 
 
-def test_plain_prior_is_the_papers(teach, varied, nano, tmp_path):
-    """However it is asked for: the class images of older runs are taken for it."""
-    (tmp_path / "plain.txt").write_text("a photo of a {noun}\n")
+def test_plain_prior_is_the_papers(varied, nano):
+    """Also where the recipe varies: the class images of older runs are taken for it."""
     sd = tinydb.load(varied)
-    assert ClassImages(sd, varied, "dog", 0, str(tmp_path / "plain.txt")).key == ClassImages(
-        tinydb.load(nano), nano, "dog", 0).key != ClassImages(sd, varied, "dog", 0).key
+    plain = ClassImages(sd, varied, "dog", 0, "plain")
+    assert set(plain.prompts(9)) == {"a photo of a dog"}
+    assert plain.key == ClassImages(tinydb.load(nano), nano, "dog", 0).key != ClassImages(sd, varied, "dog", 0).key
 
 
 @pytest.mark.parametrize("content, words", [

@@ -47,8 +47,9 @@ def is_picture(path: Path) -> bool:
 class ClassImages:
     """The pictures of a class by one model, picture i from seed + i; some of them may be yours instead.
 
-    What the prior keeps is what its prompts name. So beside the plain prompt, of which `plain_share` of them are drawn,
-    the recipe or a file may have templates, which the others take in turn.
+    What the prior keeps is what its prompts name. So beside the plain prompt, of which the recipe's `plain_share` of
+    them are drawn, there may be templates, which the others take in turn: the recipe's, or those in a file; "plain" is
+    none of them, the paper's prior.
 
     `key` names what a model in the folder `weights` draws under these settings, so that no other run's pictures are
     taken for it.
@@ -60,10 +61,11 @@ class ClassImages:
         self.own_captions: list[str] = []
         recipe, schedule = sd.info.recipe, sd.schedule.config
         self.plain = class_prompt(noun)
-        varied = read_templates(Path(templates)) if templates else recipe.class_prompts
+        if templates is None:
+            varied = recipe.class_prompts
+        else:
+            varied = () if templates == "plain" else read_templates(Path(templates))
         self.varied = [fill(template, noun) for template in varied]
-        if set(self.varied) == {self.plain}:
-            self.varied = []  # the paper's prior
         prompts = [self.plain, recipe.plain_share, *self.varied] if self.varied else self.plain
         entries = schedule.HEADER | {f.name: getattr(schedule, f.name) for f in fields(schedule)
                                      if f.name in KEY_FIELDS or getattr(schedule, f.name) != f.default}

@@ -362,12 +362,13 @@ class Study:
             shutil.copytree(subject_folder(name), folder, ignore=shutil.ignore_patterns("*.txt"))
         return folder
 
-    def class_prompts(self, arm: Arm, name: str) -> Path:
-        """A file with the class prompts of a way to teach, but for the recipe's."""
-        path = self.out / f"{arm.prior}-{name}.txt"
-        plain = class_prompt("{noun}")
-        path.write_text("\n".join([plain] if arm.prior == "plain" else unasked_prompts(SUBJECTS[name])) + "\n")
-        return path
+    def class_prompts(self, arm: Arm, name: str) -> list[object]:
+        """The options of train.py that say which class prompts it takes."""
+        if arm.prior == "unasked":
+            path = self.out / f"unasked-{name}.txt"
+            path.write_text("\n".join(unasked_prompts(SUBJECTS[name])) + "\n")
+            return ["--class-prompts", path]
+        return ["--class-prompts", "plain"] if arm.prior == "plain" else []
 
     def teach(self, way: str, name: str, seed: int) -> None:
         """Teach with train.py, or with diffusers on class pictures that train.py has drawn before; then measure."""
@@ -380,9 +381,8 @@ class Study:
             [drawn] = class_dir.iterdir()
             run_script("weights/reference.py", *given, "--out", folder / "model", "--class-dir", drawn)
         else:
-            prompts = [] if arm.prior == "recipe" else ["--class-prompts", self.class_prompts(arm, name)]
-            run_script("train.py", *given, *prompts, *arm.options, "--out", folder, "--class-dir", class_dir,
-                       "--save-every", 0)
+            run_script("train.py", *given, *self.class_prompts(arm, name), *arm.options, "--out", folder,
+                       "--class-dir", class_dir, "--save-every", 0)
         self.measure(way, name, seed, *draw_taught(folder / "model", name))
         shutil.rmtree(folder)
 

@@ -14,7 +14,6 @@
 import json
 import os
 import re
-import sys
 from contextlib import nullcontext
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -25,7 +24,7 @@ from tqdm import tqdm
 import tinydb
 from tinydb import cli
 from tinydb.attention import AttentionMaps, attention_sheet
-from tinydb.cli import choose_device, choose_dtype, extra, option
+from tinydb.cli import choose_device, choose_dtype, extra, option, say
 from tinydb.config import InputError, require
 from tinydb.diffusion import SAMPLERS
 from tinydb.pictures import describe, grid, open_picture, read_description, save_png
@@ -87,14 +86,14 @@ def settings_in_picture(given: Settings) -> dict[str, object]:
             "Model": model_folder(described.get("Model", "")).is_dir()}
     foreign = [name for name in described if not here.get(name, name in DESCRIBED)]
     if foreign:
-        left = ", ".join(f"{name} {described[name][:40]!r}" for name in foreign)
-        print(f"{given.source}: not taken over: {left[:1000]}", file=sys.stderr)
+        left = ", ".join(f"{name} {described[name][:40]}" for name in foreign)
+        say(f"{given.source}: not taken over: {left}")
     entries = {DESCRIBED[name]: value for name, value in described.items() if name in DESCRIBED and name not in foreign}
     entries |= {"prompt": [] if given.prompts else [prompt], "negative": negative, "count": 1}
     if "sampler" in entries:
         entries["sampler"] = samplers[entries["sampler"]]
     if "strength" in entries and "init" not in entries:
-        print(f"{given.source}: was drawn over a picture that it does not name; --init brings it", file=sys.stderr)
+        say(f"{given.source}: was drawn over a picture that it does not name; --init brings it")
     return entries
 
 
@@ -151,14 +150,14 @@ def advise(sd: StableDiffusion, weights: Path, prompt: str, negative: str) -> No
     """Say on stderr what of a prompt will not do what its writer hopes."""
     noun = sd.info.class_noun
     if PLACEHOLDER in prompt and noun is None:
-        print(f"{weights} does not say what {PLACEHOLDER} is, which is read as {sd.identifier!r}; teach it with "
-              "train.py first, or bring the tinydb.json that another program left out", file=sys.stderr)
+        say(f"{weights} does not say what {PLACEHOLDER} is, which is read as {sd.identifier!r}; teach it with "
+            "train.py first, or bring the tinydb.json that another program left out")
     written_out = prompt.replace(PLACEHOLDER, sd.identifier).lower()
     if noun and (sd.identifier.lower() not in written_out or noun.lower() not in written_out):
-        print(f'this prompt does not ask for your {noun}, which is "{PLACEHOLDER} {noun}"', file=sys.stderr)
+        say(f'this prompt does not ask for your {noun}, which is "{PLACEHOLDER} {noun}"')
     for text in (prompt, negative):
         if dropped := sd.tokenizer.dropped(text.replace(PLACEHOLDER, sd.identifier)):
-            print(f"the prompt is too long for the text encoder, which will not see: {dropped!r}", file=sys.stderr)
+            say(f"the prompt is too long for the text encoder, which will not see: {dropped!r}")
 
 
 # ---------------------------------------------------------------------------------------- drawing and saving
@@ -260,7 +259,7 @@ def main(given: Settings) -> None:
         if opened != (weights, device, dtype):
             sd, opened = tinydb.load(weights, device, dtype), (weights, device, dtype)
             subject = f"{PLACEHOLDER} is a {sd.info.class_noun}" if sd.info.class_noun else "not taught a subject yet"
-            print(f"{weights} on {device}, {subject}", file=sys.stderr)
+            say(f"{weights} on {device}, {subject}")
         advise(sd, weights, prompt, settings.negative)
         rows.append(draw(sd, weights, prompt, settings))
     shapes = {(len(row), image.size) for row in rows for image in row}

@@ -17,7 +17,6 @@ A step of training is `DreamBoothLoss` and the loop in `main`. tinydb/run.py lis
 import copy
 import math
 import os
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -36,7 +35,7 @@ from tqdm import tqdm
 
 from tinydb import cli
 from tinydb.class_images import ClassImages, plain_noun
-from tinydb.cli import choose_device, choose_dtype, option
+from tinydb.cli import choose_device, choose_dtype, option, say
 from tinydb.clip import EncoderLayer
 from tinydb.config import Checked, Recipe, require, write_json
 from tinydb.data import Batch, Latents, no_picture_in, random_batch, read_pictures, to_device
@@ -288,7 +287,8 @@ def main(settings: Settings) -> None:
         run.claim(settings, facts)
         run.save_inputs(instance_images, prompts[0])
         scorer = open_scorer(choose_clip(settings.clip, sd.info.base), [*instance_images.values()], settings.class_noun)
-        print(*remarks, memory_plan(sd, settings, dtype), sep="\n", file=sys.stderr)
+        say(*remarks)
+        say(memory_plan(sd, settings, dtype))
     run.wait_for_claim(rank)
 
     # The class pictures: what the model now draws for the class, to hold it to that.
@@ -349,7 +349,7 @@ def main(settings: Settings) -> None:
             scores = scorer.score(run.preview(shown, scorer.prompts, 0, autocast))
             state["scores"] = {"0": scores} if scores else {}
         run.report()
-        print(f"the run as a page: {run.out / 'report.html'}", file=sys.stderr)
+        say(f"the run as a page: {run.out / 'report.html'}")
 
     progress = tqdm(range(state["step"], settings.steps), f"teaching {usual!r}", unit="step",
                     initial=state["step"], total=settings.steps, disable=rank > 0)

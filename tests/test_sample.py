@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, difference, edit_json, names
+from conftest import ROOT, TEXT, UNET, VAE, difference, edit_json, edit_tensors, names
 from PIL import Image, ImageOps
 from processes import limit_file_size, start
 
@@ -260,6 +260,27 @@ def test_lines_of_a_file_go_by_the_picture_of_the_command_line(draw, nano, tmp_p
     assert {(settings.negative, settings.weights) for _, settings in jobs} == {("a cat", str(nano))}
 
 
+@pytest.mark.parametrize("file, value", [(UNET, float("nan")), (VAE, float("inf")), (TEXT, float("nan"))])
+def test_weights_that_are_no_numbers_draw_no_black_picture(command, nano, tmp_path, file, value):
+    shutil.copytree(nano, tmp_path / "damaged")
+    edit_tensors(tmp_path / "damaged" / file, lambda tensors: {n: tensor * value for n, tensor in tensors.items()})
+    code, out, error = command("sample.py", "a dog", "--weights", "damaged", "--device", "cpu")
+    assert code == 2 and out == "" and "NaN or infinity" in error.splitlines()[-1] and not list(tmp_path.rglob("*.png"))
+
+
+def test_names_from_strangers_are_printed_safely(command, nano, photos, tmp_path):
+    """No terminal obeys them, and of thousands one reads the first."""
+    taught(tmp_path / "taught", nano, **{"class": "\x1b[2Jdog\r\n"})
+    _, _, error = command("sample.py", "[V] cat", "--weights", "taught", "--device", "cpu", "-n", "1")
+    assert "\x1b" not in error and "does not ask for your \\x1b[2Jdog" in error
+    shutil.copytree(photos, tmp_path / "many")
+    for i in range(1000):
+        (tmp_path / "many" / f"a\x1b[31m{i}").touch()
+    _, _, error = command("train.py", "--images=many", "--class=dog", f"--weights={nano}", "--out=run", "--steps=1",
+                          "--device=cpu", "--prior-weight=0")
+    assert "\x1b" not in error and error.count("not a picture") == 30 and "970 more like these" in error
+
+
 def write_text(path: Path, text: str) -> Path:
     save_png(Image.new("RGB", (8, 8)), path, text)
     return path
@@ -269,13 +290,13 @@ def write_text(path: Path, text: str) -> Path:
     ("a dog\nNegative prompt: cat\nSteps: 7, Sampler: Euler a, CFG scale: 6.5, Seed: 9, Eta: 0.6, Size: 512x768, "
      "Model hash: 6ce0161689, Model: v1-5-pruned-emaonly, Version: v1.10.1\n",
      {"negative": "cat", "guidance_scale": 6.5, "seed": 9, "size": (512, 768)},
-     ["Sampler 'Euler a'", "Eta '0.6'", "Model hash", "Model 'v1-5-pruned-emaonly'", "Version"]),
+     ["Sampler Euler a, Eta 0.6, ", "Model hash", "Model v1-5-pruned-emaonly", "Version"]),
     ("Negative prompt: cat\nSteps: 7, Sampler: DDIM, Eta DDIM: 0.5, RNG: CPU", {"prompt": [""], "eta": 0.5}, []),
     ("a dog\nSteps: 7, Sampler: DPM++ 2M, Schedule type: Karras, RNG: NV", {"sampler": "dpm"},
-     ["Schedule type 'Karras'", "RNG 'NV'"]),
+     ["Schedule type Karras", "RNG NV"]),
     ("a dog\nSteps: 7, Denoising strength: 0.4", {"strength": 0.4}, ["--init"]),
     ("a dog\nSteps: 7, Sampler: DDIM, Eta: 0.5", {"eta": 0.5}, []),  # ours, once
-    ("a dog\nSteps: 7, Odd: \x1b[2J" + 5000 * "x", {}, ["Odd '\\x1b[2J"]),
+    ("a dog\nSteps: 7, Odd: \x1b[2J" + 5000 * "x", {}, ["Odd \\x1b[2J"]),
 ], ids=["A1111", "empty prompt", "dpm", "img2img", "older", "control characters"])
 def test_picture_of_another_program(tmp_path, capsys, text, expected, told):
     """What it says is taken over, and what cannot be is told."""

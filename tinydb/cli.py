@@ -60,6 +60,7 @@ ELSEWHERE = {  # our options, and what diffusers, kohya and the first Stable Dif
     "src": "checkpoint_path input source",
     "dst": "dump_path output destination",
 }
+MOST_MESSAGES = 30
 
 
 class Stopped(Exception):
@@ -113,10 +114,21 @@ class Parser(argparse.ArgumentParser):
         self.fail(2, message)
 
     def fail(self, code: int, message: str):
-        """Print one line that no terminal and no log chokes on, and exit."""
-        text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in message)
-        text = text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE - 2]} …"
-        self.exit(code, f"{self.prog}: {text}\n")
+        """Print one line, and exit."""
+        self.exit(code, f"{self.prog}: {readable(message)}\n")
+
+
+def readable(message: str) -> str:
+    """A message as one line that no terminal and no log chokes on, whatever names are in it."""
+    text = "".join(character if character.isprintable() else repr(character)[1:-1] for character in message)
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE - 2]} …"
+
+
+def say(*messages: str) -> None:
+    """Print messages on stderr, a line each; of very many, the first."""
+    more = len(messages) - MOST_MESSAGES
+    for message in messages[:MOST_MESSAGES] + ((f"... and {more} more like these",) if more > 0 else ()):
+        print(readable(message), file=sys.stderr)
 
 
 def size(text: str) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedIma
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from tinydb.config import require
 from tinydb.tokenizer import PLACEHOLDER
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")  # not EPS, whose content is a program that would run
@@ -89,7 +90,9 @@ def to_pixels(images: Iterable[Image.Image | np.ndarray]) -> Tensor:
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """Pixels (B, 3, H, W) in [-1, 1] -> B images; what lies outside is clipped."""
+    """Pixels (B, 3, H, W) in [-1, 1] -> B images; what lies outside is clipped. InputError for what is no number."""
+    require(bool(pixels.isfinite().all()),
+            "the model drew NaN or infinity, not a picture: its weights are damaged, or too large for --precision fp16")
     pixels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(np.ascontiguousarray(p)) for p in pixels.permute(0, 2, 3, 1).cpu().numpy()]
 

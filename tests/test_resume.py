@@ -164,6 +164,12 @@ def test_old_run_goes_on(teach, begun, whole, tmp_path):
     assert steps_of(out) == [1, 2, 3, 4]
 
 
+def test_old_run_whose_recipe_has_changed_is_told_what_to_give(teach, begun, tmp_path):
+    out = copied(begun, tmp_path)
+    to_old_format(out)
+    assert "--lr-decay 0 --class-prompts plain" in refused(teach, out, lr_decay=0.5)
+
+
 @dataclass(frozen=True)
 class LaterSettings(train.Settings):
     """The settings of a later version."""

@@ -132,12 +132,14 @@ class Run:
         no gradient, or a fact tells it."""
         pairs = [(f.name, before.get(f.name, f.metadata.get("before", f.default)), getattr(settings, f.name))
                  for f in fields(settings) if f.metadata.get("noted", True) and not f.metadata.get("free")]
+        older = "" if "class_prompts" in before else (  # what there was before that was an option
+            " (--lr-decay 0 --class-prompts plain, and no texts beside the pictures)")
         known = before.get("run")
         require(isinstance(known, dict), f"{self.out / 'config.json'}: damaged, without its run; give another --out")
         pairs += [(f"the run's {name}", known.get(name, value), value) for name, value in facts.items()]
         for name, then, now in pairs:
             require(then == now,
-                    f"--resume: {name} was {then!r} and is now {now!r}; give what it was, or another --out")
+                    f"--resume: {name} was {then!r} and is now {now!r}; give what it was{older}, or another --out")
 
     def check_disk(self, sd: StableDiffusion, settings: Any) -> None:
         """InputError where the disk cannot hold the checkpoints, each of them the weights and two moments of each in

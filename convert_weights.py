@@ -31,8 +31,8 @@ from tinydb.config import (Checked, CLIPConfig, InputError, ModelInfo, ScheduleC
 from tinydb.diffusion import NoiseSchedule
 from tinydb.pipeline import MODEL_INDEX, PARTS, StableDiffusion
 from tinydb.scores import build_clip
-from tinydb.storage import (WEIGHT_FILES, build_model, canonical_name, canonical_names, check_free_disk, check_tensors,
-                            read_tensors, refuse_pointer, save_tensors, written_whole)
+from tinydb.storage import (WEIGHT_FILES, build_model, canonical_names, check_free_disk, check_tensors, read_tensors,
+                            refuse_parent, refuse_pointer, save_tensors, written_whole)
 from tinydb.tokenizer import EOS, CLIPTokenizer
 
 PREFIXES = {"text_encoder": "cond_stage_model.", "unet": "model.diffusion_model.", "vae": "first_stage_model."}
@@ -268,6 +268,8 @@ def check_finite(src: Path, part: str, model: nn.Module, half: bool) -> None:
 def read_folder(folder: Path) -> tuple[Description, dict[str, dict[str, Tensor]]]:
     """A diffusers folder of any age: its description, and its tensors by part."""
     index = next((folder / name for name in ("model_index.json", "config.json") if (folder / name).exists()), None)
+    if index is None:
+        refuse_parent(folder)
     kind = read_json(index).get("_class_name") if index else "folder without model_index.json"
     require(kind == MODEL_INDEX["_class_name"], f"{folder}: a {kind}; expected a {MODEL_INDEX['_class_name']} (Stable "
                                                 "Diffusion 1.x or 2.x), not an SDXL, inpainting, ControlNet or LoRA")
@@ -284,9 +286,8 @@ def read_single_file(src: Path, prediction: str | None) -> tuple[Description, di
             metadata = file.metadata() or {}
     is_ours = "tinydb" in metadata
     description = unpack(src, metadata["tinydb"]) if is_ours else recognise(src, stored)
-    tensors = canonical_names("single_file", stored)
-    dropped = sum(canonical_name("single_file", name) is None for name in stored)
-    require(len(tensors) + dropped == len(stored), f"{src}: holds a tensor twice, under an old name and a new one")
+    tensors = canonical_names("single_file", stored, src)
+    dropped = len(stored) - len(tensors)
     with torch.device("meta"):
         models = {part: model_class(getattr(description, part)) for part, (model_class, _) in PARTS.items()}
     check_tensors(tensors, {name: tensor.shape for name, tensor in to_single_file(models).items()}, src)

@@ -38,10 +38,10 @@ from tinydb.class_images import ClassImages, plain_noun
 from tinydb.cli import choose_device, choose_dtype, option, say
 from tinydb.clip import EncoderLayer
 from tinydb.config import Checked, Recipe, require, write_json
-from tinydb.data import Batch, Latents, no_picture_in, random_batch, read_pictures, to_device
+from tinydb.data import Batch, Latents, random_batch, read_pictures, to_device
 from tinydb.layers import ResnetBlock2D
 from tinydb.lora import LORA_FILE, attach, save_lora
-from tinydb.pictures import pictures_digest
+from tinydb.pictures import no_picture_in, pictures_digest
 from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, load
 from tinydb.prompts import prompt_remarks, read_captions, subject_prompts
 from tinydb.run import Run, StopSignal, diverged, memory_plan
@@ -66,8 +66,8 @@ class Settings(Checked):
     out: str | None = option(None, "folder to write (default: runs/<name of IMAGES>)", free=True)
     identifier: str = option(DEFAULT_IDENTIFIER, "the word that will name your subject; a rare one without a meaning")
     steps: int | None = option(None, "training steps (default: the model's recipe)", least=1, free=True)
-    batch: int | None = option(None, "your pictures a micro-step, and as many of the class (default: recipe)", least=1)
-    accumulate: int = option(1, "micro-steps per step: a larger batch in the same memory", least=1)
+    batch: int | None = option(None, "pictures of each kind a micro-step (default: recipe)", least=1, most=10**4)
+    accumulate: int = option(1, "micro-steps per step: a larger batch in the same memory", least=1, most=10**4)
     freeze_text: bool = option(False, "train the UNet alone: less memory, a little less likeness")
     lora: int | None = option(None, "leave the model as it is, and learn low-rank updates of this rank beside it: far "
                                     "less memory; the result is a file of a few MB", metavar="RANK", least=1)
@@ -76,7 +76,7 @@ class Settings(Checked):
     lr_decay: float | None = option(None, "last part of the steps, over which the rates fall to 0; 0 is none, 0.5 half "
                                           "of them (default: recipe)", least=0, most=1, before=0.0)
     prior_weight: float = option(1.0, "weight of the class pictures' loss; 0 does without them", least=0)
-    class_images: int | None = option(None, "class pictures to train with (default: recipe)", least=1,
+    class_images: int | None = option(None, "class pictures to train with (default: recipe)", least=1, most=10**5,
                                       cure="; --prior-weight 0 does without them")
     class_dir: str | None = option(None, "class pictures of your own, or an earlier run's class_images", free=True)
     class_prompts: str | None = option(None, "file of prompts, see weights/class_prompts.txt; or: plain", free=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from conftest import TEXT, UNET, VAE, edit_json, edit_tensors, refusal
 from torch import Tensor
 
 import tinydb
+from convert_weights import read_folder
 from tinydb.config import InputError, ModelInfo, Recipe, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, write_json
 
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -106,6 +108,27 @@ def test_whatever_an_entry_holds_it_is_taken_or_refused(tmp_path, value):
             assert str(error).startswith(str(tmp_path / "tinydb.json")), error
 
 
+@pytest.mark.parametrize("value", [[1] * 10**5, ["DownBlock2D"] * 10**5, "x" * 10**6], ids=["ints", "names", "text"])
+def test_long_values_are_refused_at_once_in_a_short_message(value):
+    for config_class in (TextConfig, UNetConfig, VAEConfig):
+        for name in config_class().to_dict():
+            try:
+                config_class.from_dict({name: value}, "config.json")
+            except InputError as error:
+                assert len(str(error)) < 500
+
+
+@pytest.mark.parametrize("file", ["unet/config.json", "tinydb.json", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("/dev/zero"),
+                                  lambda path: path.write_bytes(b" " * (2**26 + 1)),
+                                  lambda path: path.write_bytes(b"[" * 200_000)],
+                         ids=["folder", "device", "large", "deep"])
+def test_what_is_no_text_or_without_end_is_not_read(folder, file, make):
+    (folder / file).unlink(missing_ok=True)
+    make(folder / file)
+    assert_refused(folder, file)
+
+
 def test_notes_of_another_version(folder):
     """What an older one does not say has its default; what a newer one says besides is passed over."""
     (folder / "tinydb.json").write_text('{"class": "dog", "future": 1, "recipe": {"steps": 5, "stepz": 3}}')
@@ -123,6 +146,22 @@ def test_every_tensor_that_does_not_fit_is_listed_at_once(folder):
                    "missing mid_block.resnets.0.norm1.weight (64,)",
                    "unexpected add_embedding.linear_1.bias (7,)",
                    "conv_out.weight is (4, 32, 1, 3)", "(4, 32, 3, 3)")
+
+
+def test_a_long_list_of_tensors_is_cut(folder):
+    edit_tensors(folder / UNET, lambda tensors: {f"{name}.{'x' * 100}": tensor for name, tensor in tensors.items()})
+    text = refusal(tinydb.load, folder)
+    assert re.search(r" \d+ tensors do not fit .+ and \d+ more", text) and len(text) < 3000
+
+
+@pytest.mark.parametrize("inside", [["model"], ["checkpoints/step-000002", "checkpoints/step-000004"],
+                                    ["snapshots/1a2b"]], ids=str)
+@pytest.mark.parametrize("read", [tinydb.load, read_folder])
+def test_the_folder_around_a_model(folder, tmp_path, inside, read):
+    for name in inside:
+        shutil.copytree(folder, tmp_path / "run" / name)
+    text = refusal(read, tmp_path / "run")
+    assert [name for name in inside if f"run/{name}" not in text] == [] and text.endswith("give that")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 100, -1])

@@ -120,7 +120,9 @@ def test_the_folder_of_a_run_stands_for_its_model(command, nano, photos, tmp_pat
     code, _, error = command("train.py", *given, "--weights=runs/dog", "--out=again")
     assert code == 0 and (tmp_path / "again" / "model").is_dir(), error
     code, _, error = command("train.py", *given, "--weights=runs", "--out=never")
-    assert code == 2 and "runs/model_index.json: no such file" in error
+    assert code == 2 and "runs/dog/model is; give that" in error
+    code, _, error = command("sample.py", "a dog", "-n1", "--steps=1", "--weights=runs/dog", "--device=cpu")
+    assert code == 0 and "runs/dog/model on cpu" in error
 
 
 def test_weights_of_nowhere_have_no_fingerprint(tmp_path):

@@ -388,10 +388,23 @@ def lose_all_entries(path: Path) -> None:
     path.write_text("{}")
 
 
+def another_step(path: Path) -> None:
+    edit_json(path, step=10**9)
+
+
+def scores_as_text(path: Path) -> None:
+    edit_json(path, scores={"2": {"likeness": "much", "prompt": 0.5}})
+
+
+def foreign_scaler(path: Path) -> None:
+    edit_json(path, scaler={"scale": [1]})
+
+
 @pytest.mark.parametrize("file, damage", [
     (UNET, lose_a_tensor), (TEXT, lose_a_tensor), (UNET, empty), (STATE, lose_a_tensor), (STATE, lose_all_tensors),
     (STATE, empty), (STATE, Path.unlink), ("state.json", empty), ("state.json", lose_all_entries),
-    ("state.json", Path.unlink),
+    ("state.json", Path.unlink), ("state.json", another_step), ("state.json", scores_as_text),
+    ("state.json", foreign_scaler),
 ], ids=lambda value: getattr(value, "__name__", Path(str(value)).parts[0]))
 def test_incomplete_checkpoint_is_refused(command, begun, nano, photos, tmp_path, file, damage):
     """One line that names the file, and nothing more is lost."""

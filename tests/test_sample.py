@@ -373,7 +373,7 @@ def test_warns_where_no_subject_was_taught(draw, nano, capsys):
 
 @pytest.mark.parametrize("prompt, shows", [
     ("[V] dog in the garden", True), ("ohwx dog", True), ("[V] in the garden", False), ("a photo of a dog", False),
-    ("[V] Dog on the moon", True), ("OHWX dog", True), ("a garden", False),
+    ("[V] Dog on the moon", True), ("[v] dog at night", True), ("[v]", False), ("OHWX dog", True), ("a garden", False),
 ])
 def test_hints_at_the_words_that_show_the_subject(draw, nano, tmp_path, capsys, prompt, shows):
     draw(prompt, weights=str(taught(tmp_path / "taught", nano, identifier="ohwx")))
@@ -472,7 +472,8 @@ def test_a_preview_that_fails_does_not_end_the_drawing(draw, monkeypatch):
     (["-n", "0"], ["-n 0", "1 or more"]), (["-n", "two"], ["-n", "two"]),
     (["--steps", "0"], ["--steps 0", "1 or more"]), (["--steps", "1000"], ["steps 1000", "1 to 999"]),
     (["--steps", "2.5"], ["--steps", "2.5"]),
-    (["--guidance", "nan"], ["--guidance nan"]), (["--seed", "18446744073709551616"], ["--seed", "1844674"]),
+    (["--guidance", "nan"], ["--guidance nan"]), (["--guidance", "1e300"], ["--guidance 1e+300"]),
+    (["--seed", "18446744073709551616"], ["--seed", "1844674"]),
     (["--eta", "1.5"], ["--eta 1.5", "at most 1"]), (["--preview", "-1"], ["--preview -1"]),
     (["--strength", "0"], ["--strength 0", "more than 0"]), (["--sampler", "plms"], ["plms", "dpm"]),
     (["--eta", "1", "--sampler", "dpm"], ["--eta 1.0", "--sampler ddim"]),

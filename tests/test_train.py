@@ -791,11 +791,12 @@ def test_config_file_that_cannot_be_used(command, tmp_path, text, words):
 
 
 @pytest.mark.parametrize("name, bad, good", [
-    *[(name, [0, -1], 1) for name in ("steps", "batch", "accumulate", "class_images", "keep")],
-    *[(name, [-1], 0) for name in ("save_every", "sample_every")],
-    *[(name, [0.0, -1.0, float("nan"), float("inf")], 1e-9) for name in ("lr", "lr_text")],
+    *[(name, [0, -1, 10**13], 1) for name in ("steps", "batch", "accumulate", "class_images", "keep")],
+    *[(name, [-1, 10**13], 0) for name in ("save_every", "sample_every")],
+    *[(name, [0.0, -1.0, 1e300, float("nan"), float("inf")], 1e-9) for name in ("lr", "lr_text")],
     ("lr_decay", [-0.1, 1.1], 1.0),
-    ("prior_weight", [-0.1, float("nan"), float("inf")], 0.0), ("seed", [-1, 2**32], 2**32 - 1),
+    ("batch", [10**5], 10**4), ("accumulate", [10**9], 1), ("class_images", [10**6], 10**5),
+    ("prior_weight", [-0.1, 1e300, float("nan"), float("inf")], 0.0), ("seed", [-1, 2**32], 2**32 - 1),
     ("precision", ["fp8"], "bf16"), ("log", ["print"], "wandb"),
 ])
 def test_every_option_has_its_bounds(name, bad, good):

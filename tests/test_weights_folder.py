@@ -26,6 +26,13 @@ from tinydb.data import fit, open_picture  # noqa: E402
 from tinydb.pictures import to_pixels  # noqa: E402
 
 
+@pytest.mark.parametrize("arguments", [["--weights=nowhere"], ["--weights=nowhere", "--dreambooth"],
+                                       ["--weights=runs", "--dreambooth", "--quick"]], ids=str)
+def test_evaluate_without_a_model(command, arguments):
+    code, _, error = command("weights/evaluate.py", *arguments)
+    assert code == 2 and error.count("\n") == 1 and arguments[0].partition("=")[2] in error, error
+
+
 def test_a_scene_and_its_caption_depend_on_the_generator_alone():
     first, again = (np.random.default_rng(3) for _ in range(2))
     for _ in range(20):

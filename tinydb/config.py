@@ -14,6 +14,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, get_args, get_origin
 
+LARGEST_NUMBER = 10**12  # of any setting; NaN is no number at all
+LONGEST_VALUE = 200  # characters of it in a message
 LARGEST_JSON = 100e6  # bytes; CLIP's tokenizer.json has 4e6
 
 
@@ -81,25 +83,26 @@ def check_field(f: Field, value: Any) -> None:
     kinds = [get_origin(kind) or kind for kind in alternatives]
     if value is None and type(None) in kinds:
         return
+    shown = f"{label(f)} {value!r}"[:LONGEST_VALUE]
     right_type = isinstance(value, (*kinds, int) if float in kinds else tuple(kinds))  # JSON writes 1.0 as 1
     require(right_type and (bool in kinds or not isinstance(value, bool)),
-            f"{label(f)} {value!r}: expected {' or '.join(kind.__name__ for kind in kinds if kind is not type(None))}")
+            f"{shown}: expected {' or '.join(kind.__name__ for kind in kinds if kind is not type(None))}")
 
     item_types = [get_args(kind)[0] for kind in alternatives if get_origin(kind) is tuple]
-    require(not isinstance(value, tuple) or all(type(item) in item_types for item in value),
-            f"{label(f)} {value!r}: expected a list of {' or '.join(kind.__name__ for kind in item_types)}")
+    require(not isinstance(value, tuple) or len(value) <= 1000 and all(type(item) in item_types for item in value),
+            f"{shown}: expected a list of {' or '.join(kind.__name__ for kind in item_types)}")
 
     bounds = {"least": "{} or more", "above": "more than {}", "most": "at most {}"}
     expected = [text.format(f.metadata[name]) for name, text in bounds.items() if name in f.metadata]
     least, above, most = (f.metadata.get(name) for name in bounds)
     choices = f.metadata.get("choices")
     for item in value if isinstance(value, tuple) else [value]:
-        require(not choices or item in choices, f"{label(f)} {value!r}: expected {' or '.join(choices or ())}")
+        require(not choices or item in choices, f"{shown}: expected {' or '.join(choices or ())}")
         if type(item) in (int, float):
-            inside = (-math.inf < item < math.inf and (least is None or item >= least)
-                      and (above is None or item > above) and (most is None or item <= most))
-            require(inside, f"{label(f)} {value}: expected {' and '.join(expected) or 'a finite number'}"
-                            f"{f.metadata.get('cure', '')}")
+            require(abs(item) <= LARGEST_NUMBER, f"{shown}: expected a number up to {LARGEST_NUMBER:,}")
+            inside = ((least is None or item >= least) and (above is None or item > above)
+                      and (most is None or item <= most))
+            require(inside, f"{shown}: expected {' and '.join(expected)}{f.metadata.get('cure', '')}")
 
 
 @dataclass(frozen=True)
@@ -131,13 +134,14 @@ class PartConfig(Checked):
                 f"{source}: an SDXL model (addition_embed_type); this is for Stable Diffusion 1.x and 2.x")
         names = {f.name for f in fields(cls)}
         for key, value in entries.items():
+            shown = f"{key} = {value!r}"[:LONGEST_VALUE]
             if key in cls.FIXED:
-                require(value == cls.FIXED[key], f"{source}: {key} = {value!r} is not supported (only "
+                require(value == cls.FIXED[key], f"{source}: {shown} is not supported (only "
                                                  f"{cls.FIXED[key]!r}); use SD 1.x or 2.x")
             else:
                 known = key in names or key in cls.HEADER or key.startswith("_") or not cls.CLOSED
                 require(known or value is None or value is False,
-                        f"{source}: {key} = {value!r} is not supported (no such setting); use SD 1.x or 2.x")
+                        f"{source}: {shown} is not supported (no such setting); use SD 1.x or 2.x")
         chosen = {name: tuple(entries[name]) if isinstance(entries[name], list) else entries[name]
                   for name in names if entries.get(name) is not None}
         try:
@@ -349,14 +353,14 @@ class Recipe(Checked):
     (diffusers' examples/dreambooth/README.md, "Fine-tune text encoder with the UNet")."""
 
     steps: int = setting(800, least=1)
-    batch: int = setting(1, least=1)
+    batch: int = setting(1, least=1, most=10**4)
     lr: float = setting(2e-6, above=0)
     lr_text: float = setting(2e-6, above=0)  # of the text encoder
     lr_freeze_text: float = setting(5e-6, above=0)  # where the UNet learns alone
     lr_lora: float = setting(1e-4, above=0)  # of low-rank updates
     save_every: int = setting(400, least=0)  # steps between checkpoints, of which each costs as much as 100 steps
     lr_decay: float = setting(0.0, least=0, most=1)  # last part of the steps, over which the rates fall to 0
-    class_images: int = setting(200, least=1)
+    class_images: int = setting(200, least=1, most=10**5)
     class_steps: int = setting(50, least=1)  # DDIM steps for a class image
     class_guidance: float = 7.5
     class_prompts: tuple[str, ...] = ()  # templates with {noun} beside the plain prompt, for the varied class images
@@ -371,7 +375,7 @@ class ModelInfo(Checked):
 
     identifier: str | None = None  # the word that [V] stands for
     class_noun: str | None = None  # None until a subject was taught
-    step: int | None = None  # training steps behind this folder
+    step: int | None = setting(None, least=0)  # training steps behind this folder
     base: dict[str, Any] = field(default_factory=dict)  # name and licence of the model it was trained from
     recipe: Recipe = Recipe()
 

@@ -41,13 +41,6 @@ def read_pictures(folder: Path, size: int) -> tuple[dict[str, Image.Image], list
     return pictures, remarks
 
 
-def no_picture_in(folder: str, remarks: list[str]) -> str:
-    """What to say of a folder in which `read_pictures` found none: why not, and in which folders inside to look."""
-    inside = [f"{path.name} is a folder: give --images {path}" for path in sorted(Path(folder).iterdir())
-              if path.is_dir()]
-    return f"--images {folder}: no picture in it; expected JPEG or PNG files. {'; '.join(inside + remarks)}"
-
-
 def fit(image: Image.Image, size: int) -> Image.Image:
     """The centre square of `image`, `size` pixels wide. No mirroring anywhere: faces and lettering have a side."""
     return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)

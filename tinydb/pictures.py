@@ -57,6 +57,13 @@ def open_picture(path: Path) -> Image.Image:
     return to_srgb(image.convert("RGB") if image.mode in ("1", "P") else image).convert("RGB")
 
 
+def no_picture_in(folder: str, remarks: list[str]) -> str:
+    """What to say of a folder without one: why not, and in which folders inside to look."""
+    inside = [f"{path.name} is a folder: give --images {path}" for path in sorted(Path(folder).iterdir())
+              if path.is_dir()]
+    return f"--images {folder}: no picture in it; expected JPEG or PNG files. {'; '.join(inside + remarks)}"
+
+
 def to_grey(image: Image.Image) -> Image.Image:
     """Grey values of more than 8 bits -> 8 bits, which convert() would clip. Floating-point files mean 1, 255 or 65535
     by white: the first of them that no value exceeds."""

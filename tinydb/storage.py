@@ -27,6 +27,7 @@ except ImportError:  # Windows has no such locks: there, two processes on one fo
 
 Model = TypeVar("Model", bound=nn.Module)
 
+MOST_PROBLEMS = 10  # that a message lists
 WEIGHT_FILES = {"text_encoder": "model.safetensors", "unet": "diffusion_pytorch_model.safetensors",
                 "vae": "diffusion_pytorch_model.safetensors"}
 
@@ -69,15 +70,15 @@ def canonical_name(part: str, name: str) -> str | None:
     return name
 
 
-def canonical_names(part: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights among `tensors`, under their canonical names; InputError where two have the same."""
-    named = {}
+def canonical_names(part: str, tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """The weights among `tensors`, under their canonical names; `source` is for the InputError where two have one."""
+    weights = {}
     for name, tensor in tensors.items():
-        canonical = canonical_name(part, name)
-        require(canonical not in named, f"{name}: a second tensor for {canonical}; which of them is meant?")
-        if canonical is not None:
-            named[canonical] = tensor
-    return named
+        usual = canonical_name(part, name)
+        require(usual not in weights, f"{source}: {name} is a second tensor for {usual}; which of them is meant?")
+        if usual is not None:
+            weights[usual] = tensor
+    return weights
 
 
 def refuse_pointer(path: Path) -> None:
@@ -107,7 +108,7 @@ def build_model(model_class: type[Model], config: PartConfig, part: str, tensors
 
     The model is built on the meta device and adopts the mapped tensors, so nothing is initialised in vain.
     """
-    state = canonical_names(part, tensors)
+    state = canonical_names(part, tensors, source)
     with torch.device("meta"):
         model = model_class(config)
     check_tensors(state, {name: tensor.shape for name, tensor in model.state_dict().items()}, source)
@@ -123,7 +124,8 @@ def check_tensors(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], sou
                  for name in shapes if name in tensors and tensors[name].shape != shapes[name]]
     problems += [f"{name} holds {tensors[name].dtype}, not floating-point numbers"
                  for name in shapes if name in tensors and not tensors[name].is_floating_point()]
-    require(not problems, f"{source}: {len(problems)} tensors do not fit the model: {'; '.join(problems)}")
+    listed = problems[:MOST_PROBLEMS] + [f"and {len(problems) - MOST_PROBLEMS} more"] * (len(problems) > MOST_PROBLEMS)
+    require(not problems, f"{source}: {len(problems)} tensors do not fit the model: {'; '.join(listed)}")
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None = None, **metadata: str) -> None:
@@ -229,6 +231,13 @@ def remove(path: Path) -> None:
         shutil.rmtree(nameless)
     elif path.exists():
         path.unlink()
+
+
+def refuse_parent(folder: Path) -> None:
+    """InputError where `folder` is not a model folder but holds some, as a run or the hub's cache does."""
+    if not (folder / "model_index.json").exists():
+        inside = [path.parent for depth in ("*", "*/*") for path in sorted(folder.glob(f"{depth}/model_index.json"))]
+        require(not inside, f"{folder}: not a model folder, but {', '.join(map(str, inside[:5]))} is; give that")
 
 
 def fingerprint(folder: Path, settings: str = "") -> str:

@@ -7,6 +7,8 @@
     python sample.py "[V] dog at night" --init dog.png --strength 0.5   # draw over a picture
     python sample.py --from samples/0000-V-dog.png --guidance 6         # the same picture, but with other guidance
     python sample.py "[V] dog on the moon" --attention                  # and where each word was looked at
+    python sample.py "[V] dog on the moon" -n 16 --best 4               # the four that CLIP finds best
+    python sample.py "a dog on the moon" --among photographs            # no drawing: the best of what is there
 
 [V] stands for the word under which train.py taught the subject. Prints the paths of the pictures on stdout.
 """
@@ -25,10 +27,12 @@ import tinydb
 from tinydb import cli
 from tinydb.attention import AttentionMaps, attention_sheet
 from tinydb.cli import choose_device, choose_dtype, extra, option, say
-from tinydb.config import InputError, require
+from tinydb.config import InputError, ModelInfo, require
+from tinydb.data import read_pictures
 from tinydb.diffusion import SAMPLERS
 from tinydb.pictures import describe, grid, open_picture, read_description, save_png
 from tinydb.pipeline import Sampling, StableDiffusion
+from tinydb.scores import NO_CLIP, Ranking, choose_clip, subject_pictures
 from tinydb.storage import existing_parent, model_folder, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 
@@ -52,6 +56,11 @@ class Settings(Sampling):
     count: int = option(4, "pictures of each prompt", flag="-n", metavar="N", least=1, most=10**6)
     init: str | None = option(None, "picture to draw over", metavar="PICTURE", described="Init")
     preview: int = option(0, "draw preview.png anew every N steps, to watch (0: never)", metavar="N", least=0)
+    best: int | None = option(None, "keep so many of the pictures of a prompt, those that fit it best by CLIP",
+                              metavar="N", least=1)
+    among: str | None = option(None, "draw nothing; rank the pictures in a folder by how well they fit, by CLIP",
+                               metavar="DIR")
+    clip: str | None = option(None, "CLIP folder for these two (default: that of the model in the box, for its world)")
     attention: bool = option(False, "also show where in the picture each word of the prompt is looked at")
     out: str = option("samples", "folder for the pictures, or the name of a .png")
     device: str = option("auto", "cpu, cuda, mps, ... or auto")
@@ -83,6 +92,7 @@ def settings_in_picture(given: Settings) -> dict[str, object]:
     if described.get("Sampler") == "DDIM" and "Eta" in described:  # so our older pictures call it
         described["Eta DDIM"] = described.pop("Eta")
     here = {"Sampler": described.get("Sampler") in samplers, "RNG": described.get("RNG") == "CPU",
+            "CLIP text": True, "CLIP image": True,  # scores, which say nothing of how to draw
             "Model": model_folder(described.get("Model", "")).is_dir()}
     foreign = [name for name in described if not here.get(name, name in DESCRIBED)]
     if foreign:
@@ -128,6 +138,9 @@ def read_jobs(given: Settings) -> list[tuple[str, Settings]]:
     if given.prompts:
         jobs += [(line.prompt[0], line) for line in settings_in_lines(Path(given.prompts), given)]
     require(bool(jobs), 'a prompt is missing; expected one such as "[V] dog on the moon"')
+    for _, settings in jobs:
+        require(settings.best is None or settings.best <= settings.count or settings.among,
+                f"--best {settings.best}: more than the {settings.count} pictures that are drawn; give a larger -n")
     files = [settings.out for _, settings in jobs if settings.out_is_file]
     require(len(files) == len(set(files)),
             f"--out {', '.join(files[:1])}: several prompts do not fit into one file; name a folder")
@@ -184,7 +197,7 @@ def new_path(settings: Settings, name: str, i: int = 0) -> Path:
             number += 1
 
 
-def save(image: Image.Image, path: Path, about: str) -> None:
+def save(image: Image.Image, path: Path, about: str, announced: bool = True) -> None:
     """Write a picture and print where it is; where that fails, no empty file is left."""
     try:
         with written_whole(path) as temporary:
@@ -193,7 +206,8 @@ def save(image: Image.Image, path: Path, about: str) -> None:
         if path.exists() and path.stat().st_size == 0:
             path.unlink()
         raise
-    tqdm.write(str(path))
+    if announced:
+        tqdm.write(str(path))
 
 
 def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) -> list[Image.Image]:
@@ -204,7 +218,7 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) ->
         init, steps = picture_to_draw_over(sd, settings), settings.steps_over_picture
     sampling = {f.name: getattr(settings, f.name) for f in fields(Sampling)}
     preview = out.with_name(f"{out.stem}-preview.png") if settings.out_is_file else out / "preview.png"
-    images, paths = [], []
+    images, paths, ranking = [], [], open_ranking(sd.info, weights, prompt, settings) if settings.best else None
     groups = [range(i, min(i + GROUP, settings.count)) for i in range(0, settings.count, GROUP)]
     with tqdm(total=steps * len(groups), desc="drawing", unit="step") as progress:
         for group in groups:
@@ -215,18 +229,31 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) ->
                     if settings.preview and progress.n % settings.preview == 0:
                         with extra("preview"), written_whole(preview) as temporary:
                             save_png(grid(sd.decode(clean), len(group)), temporary, f"step {progress.n} of: {prompt}")
-            for i, image in zip(group, sd.decode(latents)):
+            drawn = sd.decode(latents)
+            scores = ranking.score(drawn) if ranking else [{}] * len(drawn)
+            for i, image, score in zip(group, drawn, scores):
                 images.append(image)
                 paths.append(new_path(settings, prompt, i))
-                save(image, paths[-1], description(sd, weights, image, prompt, settings, settings.seed + i))
+                save(image, paths[-1], description(sd, weights, image, prompt, settings, settings.seed + i, score),
+                     not ranking)
                 if maps:
                     sheet = attention_sheet(image, sd.words(prompt), maps.mean()[i - group[0]])
                     save(sheet, paths[-1].with_name(f"{paths[-1].stem}-attention.png"),
-                         f"cross-attention of: {prompt}")
-    if settings.count > 1:
-        sheet = grid(images, min(settings.count, 4), [prompt] + [""] * (len(images) - 1))
+                         f"cross-attention of: {prompt}", not ranking)
+    if ranking:
+        order = ranking.best()
+        for i in order[settings.best :]:
+            paths[i].unlink()
+            paths[i].with_name(f"{paths[i].stem}-attention.png").unlink(missing_ok=True)
+        kept = order[: settings.best]
+        images, paths = [images[i] for i in kept], [paths[i] for i in kept]
+        for i, path in zip(kept, paths):
+            print(path)
+            print(said(ranking.scores[i]), file=sys.stderr)
+    if len(images) > 1:
+        sheet = grid(images, min(len(images), 4), [prompt] + [""] * (len(images) - 1))
         save(sheet, out if settings.out_is_file else paths[0].with_name(f"{paths[0].stem}-grid.png"),
-             f"{settings.count} pictures of: {prompt}")
+             f"{len(images)} pictures of: {prompt}")
     return images
 
 
@@ -241,13 +268,47 @@ def picture_to_draw_over(sd: StableDiffusion, settings: Settings) -> Image.Image
 
 
 def description(sd: StableDiffusion, weights: Path, image: Image.Image, prompt: str, settings: Settings,
-                seed: int) -> str:
+                seed: int, score: dict[str, float]) -> str:
     """What a picture says about itself."""
     made_with = asdict(settings) | {"sampler": SAMPLERS[settings.sampler].name, "seed": seed, "weights": weights,
                                     "size": f"{image.width}x{image.height}"}
     about = {name: made_with[key] for name, key in DESCRIBED.items()
              if settings.init or key not in ("init", "strength")}
-    return describe(prompt, settings.negative, sd.identifier, **about, RNG="CPU")  # where A1111 shall draw its noise
+    about |= {"RNG": "CPU"} | {name: f"{value:.4f}" for name, value in score.items()}  # A1111's noise is the GPU's else
+    return describe(prompt, settings.negative, sd.identifier, **about)
+
+
+def open_ranking(info: ModelInfo, weights: Path, prompt: str, settings: Settings) -> Ranking:
+    """What ranks pictures of a prompt, with the subject's own where the model's run still knows where they are."""
+    clip = choose_clip(settings.clip, info.base)
+    require(clip is not None, NO_CLIP)
+    subject = subject_pictures(weights, clip.side) if PLACEHOLDER in prompt else []
+    if PLACEHOLDER in prompt and not subject:
+        print(f"{weights}: the pictures of {PLACEHOLDER} are not where its run found them; only the rest of the prompt "
+              "is compared", file=sys.stderr)
+    return Ranking(clip, prompt, subject)
+
+
+def said(score: dict[str, float]) -> str:
+    """A picture's scores in a line."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in score.items())
+
+
+def rank_folder(prompt: str, settings: Settings, weights: Path) -> None:
+    """Print the pictures in the folder of --among and their scores, best first; the best come on a sheet."""
+    ranking = open_ranking(ModelInfo.read(weights / "tinydb.json"), weights, prompt, settings)
+    pictures, remarks = read_pictures(Path(settings.among), ranking.clip.side)
+    require(bool(pictures), f"--among {settings.among}: no picture in it. {'; '.join(remarks)}")
+    print(*remarks, sep="\n", end="\n" * bool(remarks), file=sys.stderr)
+    names, images = list(pictures), list(pictures.values())
+    ranking.score(images)
+    order = ranking.best()
+    for i in order:
+        print(Path(settings.among) / names[i], said(ranking.scores[i]), sep="\t")
+    shown = order[: settings.best or 8]
+    captions = [f"{prompt}: {said(ranking.scores[i])}" if i == order[0] else said(ranking.scores[i]) for i in shown]
+    save(grid([images[i] for i in shown], min(len(shown), 4), captions), new_path(settings, f"best of {prompt}"),
+         f"the best of {settings.among} for: {prompt}")
 
 
 def main(given: Settings) -> None:
@@ -255,6 +316,9 @@ def main(given: Settings) -> None:
     jobs, newest, opened, rows = read_jobs(given), newest_model(), None, []
     for prompt, settings in jobs:
         weights, device = model_folder(settings.weights or newest), choose_device(settings.device)
+        if settings.among:
+            rank_folder(prompt, settings, weights)
+            continue
         dtype = choose_dtype(settings.precision, device)
         if opened != (weights, device, dtype):
             sd, opened = tinydb.load(weights, device, dtype), (weights, device, dtype)

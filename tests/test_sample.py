@@ -41,6 +41,82 @@ def taught(folder: Path, nano: Path, **notes) -> Path:
     return folder
 
 
+# -------------------------------------------------------------------------------------- the best by CLIP
+
+
+def test_best_of_many_are_kept_and_say_their_scores(draw, small_clip, tmp_path, capsys):
+    """The pictures are those of the seeds; the others go, and the grid shows the best first."""
+    drawn = draw("the dog", count=6, out=str(tmp_path / "all"))
+    everything = [image for path, image in drawn.items() if "grid" not in path]
+    capsys.readouterr()
+    kept = draw("the dog", count=6, best=2, clip=str(small_clip))
+    printed = capsys.readouterr()
+    clip = tinydb.load_clip(small_clip)
+    scores = (clip.images(everything) @ clip.text(["the dog"])[0]).tolist()
+    first, second = sorted(range(6), key=lambda i: -scores[i])[:2]
+    paths = [path for path in printed.out.split() if "grid" not in path]
+    assert [str(Path(path).relative_to(tmp_path)) for path in paths] == [
+        f"out/000{i}-the-dog.png" for i in (first, second)]
+    assert sorted(kept) == sorted([*(f"out/000{i}-the-dog.png" for i in (first, second)),
+                                   f"out/000{first}-the-dog-grid.png"])
+    best = kept[f"out/000{first}-the-dog.png"]
+    assert difference([best], [everything[first]]) == 0
+    assert f"CLIP text: {scores[first]:.4f}" in best.info["parameters"]
+    assert printed.err.count("CLIP text ") == 2
+    again = sample.settings_in_picture(sample.Settings(prompt=[], source=paths[0]))
+    assert again["seed"] == str(first) and "not taken over" not in capsys.readouterr().err
+
+
+def test_the_subject_counts_by_its_pictures(draw, teach, small_clip, tmp_path, capsys):
+    """Where the run still knows where they are."""
+    model = teach(tmp_path / "run", steps=1) / "model"
+    settings = {"weights": str(model), "count": 3, "best": 1, "clip": str(small_clip)}
+    [kept] = draw("[V] dog", **settings).values()
+    assert "CLIP text: " in kept.info["parameters"] and "CLIP image: " in kept.info["parameters"]
+    [kept] = draw("a dog", **settings).values()
+    assert "CLIP image: " not in kept.info["parameters"]
+    edit_json(tmp_path / "run" / "config.json", images=str(tmp_path / "moved"))
+    capsys.readouterr()
+    [kept] = draw("[V] dog", **settings).values()
+    assert "CLIP image: " not in kept.info["parameters"]
+    assert "only the rest of the prompt is compared" in capsys.readouterr().err
+
+
+def test_pictures_of_a_folder_are_ranked(draw, nano, small_clip, photos, tmp_path, capsys):
+    """Nothing is drawn; what is no picture is named."""
+    folder = Path(shutil.copytree(photos, tmp_path / "photos"))
+    (folder / "notes.txt").write_text("no picture")
+    (folder / "broken.png").write_text("no picture")
+    [sheet] = draw("the dog", among=str(folder), clip=str(small_clip)).values()
+    printed = capsys.readouterr()
+    *rows, last = printed.out.splitlines()
+    ranked = [row.split("\t") for row in rows]
+    clip = tinydb.load_clip(small_clip)
+    pictures, _ = tinydb.data.read_pictures(folder, 32)
+    scores = dict(zip(pictures, (clip.images(list(pictures.values())) @ clip.text(["the dog"])[0]).tolist()))
+    assert [Path(path).name for path, _ in ranked] == sorted(scores, key=lambda name: -scores[name])
+    assert [score for _, score in ranked] == [f"CLIP text {value:.3f}" for value in sorted(scores.values())[::-1]]
+    assert Path(last).name == "0000-best-of-the-dog.png" and sheet.width == 3 * 128
+    assert "broken.png is skipped" in printed.err
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["-n", "3", "--best", "4"], "--best 4: more than the 3 pictures that are drawn; give a larger -n"),
+    (["--best", "0"], "--best 0: expected 1 or more"),
+    (["--best", "2"], "no --clip"),
+    (["--best", "2", "--clip", "nothing"], "nothing: no such folder; expected a CLIP"),
+    (["--best", "2", "--clip", "empty"], "config.json: no such file"),
+    (["--among", "empty", "--clip", "CLIP"], "--among empty: no picture in it"),
+    (["--among", "nothing", "--clip", "CLIP"], "nothing: no such folder; expected one with pictures in it"),
+    (["--among", "empty"], "no --clip"),
+], ids=str)
+def test_what_cannot_be_ranked_is_refused(command, nano, small_clip, tmp_path, arguments, words):
+    (tmp_path / "empty").mkdir()
+    arguments = [str(small_clip) if each == "CLIP" else each for each in arguments]
+    code, out, err = command("sample.py", "the dog", "--weights", str(nano), "--device", "cpu", *arguments)
+    assert (code, out) == (2, "") and words in err.splitlines()[-1] and not (tmp_path / "samples").exists()
+
+
 # -------------------------------------------------------------------------------------- what is drawn
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tinydb.clip import MEAN, STD, CLIPModel, preprocess
 from tinydb.config import CLIPConfig, read_json, require, write_json
+from tinydb.data import read_pictures
 from tinydb.prompts import class_prompt
 from tinydb.report import sample_command
 from tinydb.run import Run
@@ -31,6 +32,11 @@ class CLIP:
     model: CLIPModel
     tokenizer: CLIPTokenizer
 
+    @property
+    def side(self) -> int:
+        """Pixels along a side of what the image encoder sees."""
+        return self.model.config.vision_config.image_size
+
     @torch.inference_mode()
     def text(self, prompts: list[str]) -> Tensor:
         """B prompts -> unit vectors (B, D), on the CPU in float32. What is too long is cut off."""
@@ -40,14 +46,14 @@ class CLIP:
     @torch.inference_mode()
     def images(self, pictures: list[Image.Image]) -> Tensor:
         """B RGB pictures of any size -> unit vectors (B, D), on the CPU in float32."""
-        side, like = self.model.config.vision_config.image_size, self.model.logit_scale  # its device, its precision
-        parts = [preprocess(pictures[i : i + BATCH], side).to(like) for i in range(0, len(pictures), BATCH)]
+        like = self.model.logit_scale  # its device, its precision
+        parts = [preprocess(pictures[i : i + BATCH], self.side).to(like) for i in range(0, len(pictures), BATCH)]
         return torch.cat([self.model.image_features(pixels) for pixels in parts]).float().cpu()
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a folder that transformers' CLIPModel, CLIPTokenizer and CLIPImageProcessor open as well; `dtype` None
         leaves each tensor as it is."""
-        side = self.model.config.vision_config.image_size
+        side = self.side
         with written_whole(Path(folder)) as path:
             self.tokenizer.save(path)
             write_json(path / "config.json", self.model.config.to_dict())
@@ -140,6 +146,43 @@ class Scorer:
                             for name, value in scores[str(best)].items())
         return (f"By CLIP, step {best} is the best: {numbers}. Compare:\n\n"
                 f"    {sample_command(run.checkpoint(best) / file, self.class_noun)}\n\n")
+
+
+class Ranking:
+    """How well pictures fit a prompt, "CLIP text", and where it asks for a subject whose pictures are known, how like
+    them they are, "CLIP image": the cosines that papers call CLIP-T and CLIP-I."""
+
+    def __init__(self, clip: CLIP, prompt: str, subject: list[Image.Image]):
+        self.clip, self.text = clip, clip.text([prompt.replace(f"{PLACEHOLDER} ", "")])
+        self.subject = clip.images(subject) if subject and PLACEHOLDER in prompt else None
+        self.scores: list[dict[str, float]] = []  # of the pictures so far
+
+    def score(self, images: list[Image.Image]) -> list[dict[str, float]]:
+        """The scores of pictures, which are remembered in this order."""
+        features = self.clip.images(images)
+        scores = [{"CLIP text": value} for value in (features @ self.text[0]).tolist()]
+        if self.subject is not None:
+            for score, value in zip(scores, (features @ self.subject.T).mean(1).tolist()):
+                score["CLIP image"] = value
+        self.scores += scores
+        return scores
+
+    def best(self) -> list[int]:
+        """The pictures, best first. Two scores count the same: each in deviations from its mean over the pictures."""
+        merit = torch.zeros(len(self.scores))
+        for name in self.scores[0]:
+            values = torch.tensor([score[name] for score in self.scores])
+            merit += (values - values.mean()) / values.std(correction=0).clamp(min=1e-6)
+        return merit.argsort(descending=True, stable=True).tolist()
+
+
+def subject_pictures(model: Path, size: int) -> list[Image.Image]:
+    """The pictures that a model was taught from, where the run that it lies in names them and they are still there."""
+    for run in model.absolute().parents:
+        if (run / "inputs.png").exists() and (run / "config.json").exists():
+            images = Path(read_json(run / "config.json")["images"])
+            return list(read_pictures(images, size)[0].values()) if images.is_dir() else []
+    return []
 
 
 def choose_clip(folder: str | None, base: dict[str, str]) -> CLIP | None:

@@ -249,7 +249,7 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) ->
         images, paths = [images[i] for i in kept], [paths[i] for i in kept]
         for i, path in zip(kept, paths):
             print(path)
-            print(said(ranking.scores[i]), file=sys.stderr)
+            say(said(ranking.scores[i]))
     if len(images) > 1:
         sheet = grid(images, min(len(images), 4), [prompt] + [""] * (len(images) - 1))
         save(sheet, out if settings.out_is_file else paths[0].with_name(f"{paths[0].stem}-grid.png"),
@@ -284,8 +284,8 @@ def open_ranking(info: ModelInfo, weights: Path, prompt: str, settings: Settings
     require(clip is not None, NO_CLIP)
     subject = subject_pictures(weights, clip.side) if PLACEHOLDER in prompt else []
     if PLACEHOLDER in prompt and not subject:
-        print(f"{weights}: the pictures of {PLACEHOLDER} are not where its run found them; only the rest of the prompt "
-              "is compared", file=sys.stderr)
+        say(f"{weights}: the pictures of {PLACEHOLDER} are not where its run found them; only the rest of the prompt is "
+            "compared")
     return Ranking(clip, prompt, subject)
 
 
@@ -299,7 +299,7 @@ def rank_folder(prompt: str, settings: Settings, weights: Path) -> None:
     ranking = open_ranking(ModelInfo.read(weights / "tinydb.json"), weights, prompt, settings)
     pictures, remarks = read_pictures(Path(settings.among), ranking.clip.side)
     require(bool(pictures), f"--among {settings.among}: no picture in it. {'; '.join(remarks)}")
-    print(*remarks, sep="\n", end="\n" * bool(remarks), file=sys.stderr)
+    say(*remarks)
     names, images = list(pictures), list(pictures.values())
     ranking.score(images)
     order = ranking.best()

@@ -1,6 +1,5 @@
 """A CLIP folder to ask: how well pictures fit prompts, and one another; and which checkpoint of a run is the best."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tinydb.cli import say
 from tinydb.clip import MEAN, STD, CLIPModel, preprocess
 from tinydb.config import CLIPConfig, read_json, require, write_json
 from tinydb.data import read_pictures
@@ -196,5 +196,5 @@ def choose_clip(folder: str | None, base: dict[str, str]) -> CLIP | None:
 def open_scorer(clip: CLIP | None, pictures: list[Image.Image], class_noun: str) -> Scorer:
     """The scorer of a run; says what it lacks without a CLIP."""
     if clip is None:
-        print(f"{NO_CLIP}: checkpoints are not scored, and none is recommended", file=sys.stderr)
+        say(f"{NO_CLIP}: checkpoints are not scored, and none is recommended")
     return Scorer(clip, pictures, class_noun)

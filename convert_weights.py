@@ -5,6 +5,7 @@
     python convert_weights.py old_folder models/mine                                    # .bin, fp16 names, shards
     python convert_weights.py runs/dog/model dog.safetensors --half                     # for A1111 and ComfyUI
     python convert_weights.py openai/clip-vit-base-patch32 weights/clip                 # a CLIP, to score pictures
+    python convert_weights.py models/sd15 models/dog --lora dog-lora.safetensors        # merged
 
 A folder is what tinydb and diffusers open. A single file is in the layout of the original LDM code, and carries the
 folder's settings and tokenizer in its metadata, so that it comes back as the very same folder. Tensors keep the
@@ -95,7 +96,7 @@ PLACES = {"i": r"(?P<i>\d+)", "j": r"(?P<j>\d+)", "qkv": "(?P<qkv>[qkv])", "kind
           "coder": "(?P<coder>encoder|decoder)", "resnet": r"(?P<resnet>.+\.resnets\.\d+)"}
 
 REFUSED = {  # tensors that give away what is not ours to convert
-    r"(lora|lycoris)_\w*\..+|.+[._]lora[._].+": "a LoRA; merge it into its base model, then convert that",
+    r"(lora|lycoris)_\w*\..+|.+[._]lora[._].+": "a LoRA; give the model it was made for, and this with --lora",
     r"emb_params|<[^.]*>": "a textual inversion; get the model that it was made for",
     r"control_model\..+|(.+\.)?(input_hint_block|controlnet_cond_embedding)\..+": "a ControlNet",
     r"conditioner\..+|(.+\.)?label_emb\..+": "an SDXL or unCLIP model",
@@ -423,6 +424,7 @@ class Settings(Checked):
 
     src: str = cli.option(MISSING, "a checkpoint (.safetensors, .ckpt), a diffusers folder, or a hub id (owner/name)")
     dst: str = cli.option(MISSING, "the folder to make, or a .safetensors file for A1111 and ComfyUI")
+    lora: str | None = cli.option(None, "a LoRA file to merge into the model", metavar="FILE")
     half: bool = cli.option(False, "write float16, half the size, for sharing")
     tokenizer: str | None = cli.option(None, "a folder with CLIP's vocab.json and merges.txt")
     prediction: str | None = cli.option(None, "what the UNet predicts, where you know better",
@@ -452,10 +454,13 @@ def main(settings: Settings):
     dtype, size, models = torch.float16 if settings.half else None, 0, {}
     for part, (model_class, _) in PARTS.items():
         models[part] = build_model(model_class, getattr(description, part), part, tensors[part], src)
-        check_finite(src, part, models[part], settings.half)
-        size += sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in models[part].state_dict().values())
     sd = StableDiffusion(**models, tokenizer=description.tokenizer, schedule=NoiseSchedule(description.schedule),
                          info=description.info)
+    if settings.lora:
+        sd.add_lora(settings.lora)
+    for part, model in models.items():
+        check_finite(src, part, model, settings.half)
+        size += sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in model.state_dict().values())
     check_free_disk(dst, size, "use --half")
     print(f"writing {size / 1e9:.2f} GB to {dst}", flush=True)
     with written_whole(dst) as temporary:

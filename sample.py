@@ -6,6 +6,7 @@
     python sample.py --prompts prompts.txt                              # one a line; .jsonl lines may set any option
     python sample.py "[V] dog at night" --init dog.png --strength 0.5   # draw over a picture
     python sample.py --from samples/0000-V-dog.png --guidance 6         # the same picture, but with other guidance
+    python sample.py "[V] dog on the moon" --lora other.safetensors     # with low-rank updates
     python sample.py "[V] dog on the moon" --attention                  # and where each word was looked at
     python sample.py "[V] dog on the moon" -n 16 --best 4               # the four that CLIP finds best
     python sample.py "a dog on the moon" --among photographs            # no drawing: the best of what is there
@@ -17,7 +18,7 @@ import json
 import os
 import re
 from contextlib import nullcontext
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -27,9 +28,10 @@ import tinydb
 from tinydb import cli
 from tinydb.attention import AttentionMaps, attention_sheet
 from tinydb.cli import choose_device, choose_dtype, extra, option, say
-from tinydb.config import InputError, ModelInfo, require
+from tinydb.config import InputError, ModelInfo, read_json, require
 from tinydb.data import read_pictures
 from tinydb.diffusion import SAMPLERS
+from tinydb.lora import LORA_FILE
 from tinydb.pictures import describe, grid, open_picture, read_description, save_png
 from tinydb.pipeline import Sampling, StableDiffusion
 from tinydb.scores import NO_CLIP, Ranking, choose_clip, subject_pictures
@@ -51,8 +53,11 @@ class Settings(Sampling):
     prompts: str | None = option(None, "file with a prompt a line; in a .jsonl file, an object a line with any option")
     source: str | None = option(None, "picture to draw again, by what it says about itself; the command line overrides "
                                       "it", flag="--from", metavar="PICTURE")
-    weights: str | None = option(None, "model folder (default: the newest runs/*/model, else weights/tiny)",
-                                 described="Model")
+    weights: str | None = option(None, "model folder, or the OUT of a run (default: the newest in runs/, else "
+                                       "weights/tiny)", described="Model")
+    lora: str | None = option(None, "LoRA file to add to the model, or several, with commas between", metavar="FILE",
+                              described="Lora")
+    lora_scale: float = option(1.0, "how much of it to add", described="Lora scale")
     count: int = option(4, "pictures of each prompt", flag="-n", metavar="N", least=1, most=10**6)
     init: str | None = option(None, "picture to draw over", metavar="PICTURE", described="Init")
     preview: int = option(0, "draw preview.png anew every N steps, to watch (0: never)", metavar="N", least=0)
@@ -154,9 +159,25 @@ def read_jobs(given: Settings) -> list[tuple[str, Settings]]:
 
 
 def newest_model() -> Path:
-    """The model folder that was finished last in runs/, else the embedded model."""
-    finished = list(Path("runs").glob("*/model/model_index.json"))
+    """The model folder, or the OUT of a run with --lora, that was finished last in runs/; else the embedded model."""
+    finished = [*Path("runs").glob("*/model/model_index.json"), *Path("runs").glob(f"*/{LORA_FILE}")]
     return max(finished, key=lambda path: path.stat().st_mtime).parent if finished else TINY
+
+
+def with_model(settings: Settings, newest: Path) -> Settings:
+    """The settings with the model that they mean. A run with --lora, or a checkpoint of one, stands for its LoRA file;
+    such a file without --weights belongs to the model that its run began with or, elsewhere, to the embedded one."""
+    weights = Path(settings.weights or newest)
+    lora = settings.lora or None
+    if (weights / LORA_FILE).exists() and (settings.weights or not lora):
+        lora = ",".join(filter(None, [str(weights / LORA_FILE), lora]))
+    elif settings.weights or not lora:
+        return replace(settings, weights=str(weights), lora=lora)
+    run = next((folder for folder in Path(lora.split(",")[0]).absolute().parents[:3]
+                if (folder / "metrics.jsonl").exists()), None)
+    base = read_json(run / "config.json").get("weights") if run else str(TINY)
+    require(isinstance(base, str), f"{run}: its config.json names no weights; give the model with --weights")
+    return replace(settings, weights=base, lora=lora)
 
 
 def advise(sd: StableDiffusion, weights: Path, prompt: str, negative: str) -> None:
@@ -272,8 +293,9 @@ def description(sd: StableDiffusion, weights: Path, image: Image.Image, prompt: 
     """What a picture says about itself."""
     made_with = asdict(settings) | {"sampler": SAMPLERS[settings.sampler].name, "seed": seed, "weights": weights,
                                     "size": f"{image.width}x{image.height}"}
-    about = {name: made_with[key] for name, key in DESCRIBED.items()
-             if settings.init or key not in ("init", "strength")}
+    left_out = [] if settings.init else ["init", "strength"]
+    left_out += [] if settings.lora else ["lora", "lora_scale"]
+    about = {name: made_with[key] for name, key in DESCRIBED.items() if key not in left_out}
     about |= {"RNG": "CPU"} | {name: f"{value:.4f}" for name, value in score.items()}  # A1111's noise is the GPU's else
     return describe(prompt, settings.negative, sd.identifier, **about)
 
@@ -282,9 +304,10 @@ def open_ranking(info: ModelInfo, weights: Path, prompt: str, settings: Settings
     """What ranks pictures of a prompt, with the subject's own where the model's run still knows where they are."""
     clip = choose_clip(settings.clip, info.base)
     require(clip is not None, NO_CLIP)
-    subject = subject_pictures(weights, clip.side) if PLACEHOLDER in prompt else []
+    taught = Path(settings.lora.split(",")[-1]) if settings.lora else weights
+    subject = subject_pictures(taught, clip.side) if PLACEHOLDER in prompt else []
     if PLACEHOLDER in prompt and not subject:
-        say(f"{weights}: the pictures of {PLACEHOLDER} are not where its run found them; only the rest of the prompt is "
+        say(f"{taught}: the pictures of {PLACEHOLDER} are not where its run found them; only the rest of the prompt is "
             "compared")
     return Ranking(clip, prompt, subject)
 
@@ -315,15 +338,18 @@ def main(given: Settings) -> None:
     """Draw each prompt; a few of them also come on one sheet, a row each."""
     jobs, newest, opened, rows = read_jobs(given), newest_model(), None, []
     for prompt, settings in jobs:
-        weights, device = model_folder(settings.weights or newest), choose_device(settings.device)
+        settings, device = with_model(settings, newest), choose_device(settings.device)
+        weights, loras = model_folder(settings.weights), settings.lora.split(",") if settings.lora else []
         if settings.among:
             rank_folder(prompt, settings, weights)
             continue
         dtype = choose_dtype(settings.precision, device)
-        if opened != (weights, device, dtype):
-            sd, opened = tinydb.load(weights, device, dtype), (weights, device, dtype)
+        if opened != (weights, loras, settings.lora_scale, device, dtype):
+            sd, opened = tinydb.load(weights, device, dtype), (weights, loras, settings.lora_scale, device, dtype)
+            for file in loras:
+                sd.add_lora(file, settings.lora_scale)
             subject = f"{PLACEHOLDER} is a {sd.info.class_noun}" if sd.info.class_noun else "not taught a subject yet"
-            say(f"{weights} on {device}, {subject}")
+            say(f"{' + '.join([str(weights), *loras])} on {device}, {subject}")
         advise(sd, weights, prompt, settings.negative)
         rows.append(draw(sd, weights, prompt, settings))
     shapes = {(len(row), image.size) for row in rows for image in row}

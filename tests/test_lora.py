@@ -8,11 +8,15 @@ import pytest
 import torch
 from conftest import Pair, difference, files, loss_on_fixed_noise, metrics, names, refusal
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import convert_weights
+import sample
 import tinydb
 from convert_weights import SD1
+from tinydb.cli import Parser
 from tinydb.clip import CLIPTextModel
 from tinydb.config import ModelInfo
 from tinydb.lora import attach, save_lora
@@ -299,3 +303,66 @@ def test_loss_falls(teach, nano, tmp_path, settings):
 def test_frozen_text_encoder_gets_no_updates(teach, tmp_path):
     out = teach(tmp_path / "out", lora=1, freeze_text=True, steps=1)
     assert all(name.startswith("lora_unet_") for name in load_file(out / "lora.safetensors"))
+
+
+# ------------------------------------------------------------------------------------------------ drawing
+
+
+@pytest.fixture
+def drawn(nano, tmp_path, one_thread, monkeypatch) -> Callable[..., str]:
+    """drawn(**settings): what the picture says of itself that sample.py draws in tmp_path."""
+    def run(**settings) -> str:
+        given = {"device": "cpu", "count": 1, "steps": 2, "out": str(tmp_path / "picture.png"), **settings}
+        sample.main(sample.Settings(prompt=["[V] dog"], **given))
+        return tmp_path / "picture.png"
+
+    monkeypatch.chdir(tmp_path)
+    return run
+
+
+def test_sample_finds_a_run_as_it_finds_a_model(teach, nano, drawn, tmp_path):
+    """The newest, the OUT of one, a checkpoint of one; a file alone belongs to the model that its run began with."""
+    out = teach(tmp_path / "runs" / "dog", lora=2, lr=1e-2, steps=2, save_every=1)
+    file = out / "lora.safetensors"
+    expected = merged(nano, (file, 1.0)).generate("[V] dog", steps=2)
+    for settings in ({}, {"weights": str(out)}, {"lora": str(file)}, {"lora": "runs/dog/lora.safetensors"},
+                     {"weights": str(nano), "lora": str(file)}, {"weights": str(out / "checkpoints" / "step-000002")}):
+        assert difference([Image.open(drawn(**settings))], expected) == 0, settings
+    earlier = out / "checkpoints" / "step-000001"
+    expected = merged(nano, (earlier / "lora.safetensors", 1.0)).generate("[V] dog", steps=2)
+    assert difference([Image.open(drawn(lora=str(earlier / "lora.safetensors")))], expected) == 0
+
+
+def test_several_files_with_a_scale_and_the_picture_says_so(pairs, nano, drawn, tmp_path):
+    files = []
+    for i in (1, 2):
+        updates = random_updates(tinydb.load(nano), rank=i)
+        save_lora(updates, tmp_path / f"{i}.safetensors", ModelInfo("zwx", "dog"))
+        files.append(tmp_path / f"{i}.safetensors")
+    both = ",".join(map(str, files))
+    picture = drawn(weights=str(nano), lora=both, lora_scale=0.5)
+    expected = merged(nano, *((file, 0.5) for file in files)).generate("[V] dog", steps=2)
+    assert difference([Image.open(picture)], expected) == 0
+    before = picture.read_bytes()
+    defaults = sample.settings_in_picture(sample.Settings(prompt=[], source=str(picture)))
+    again = Parser(sample.Settings, None).parse(["--device", "cpu", "--out", str(picture)], defaults)
+    assert (again.lora, again.lora_scale) == (both, 0.5)
+    sample.main(again)
+    assert picture.read_bytes() == before
+
+
+def test_file_elsewhere_belongs_to_the_model_in_the_box(nano, drawn, tmp_path):
+    save_lora(random_updates(tinydb.load(nano)), tmp_path / "other.safetensors", ModelInfo())
+    assert "give the model that it was made for" in refusal(drawn, lora="other.safetensors")
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_merged_into_its_model(pairs, lora_of, tmp_path, half):
+    pair = pairs("sd1")
+    file = lora_of(pair)
+    settings = convert_weights.Settings(str(pair.folder), str(tmp_path / "merged"), lora=str(file), half=half)
+    convert_weights.main(settings)
+    ours, theirs = tinydb.load(tmp_path / "merged"), merged(pair.folder, (file, 1.0))
+    assert ours.info.class_noun == "cat"
+    for name, weight in weights_of(ours).items():
+        torch.testing.assert_close(weight, weights_of(theirs)[name], rtol=1e-3 if half else 0, atol=1e-4 if half else 0)

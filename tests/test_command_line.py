@@ -134,6 +134,20 @@ def test_devices_that_are_not_there(name):
     assert f"--device {name!r}" in refusal(choose_device, name)
 
 
+@pytest.mark.parametrize("reason", ["could not create a primitive", "[enforce fail at alloc_cpu.cpp:118] DefaultCPU"
+                                    "Allocator: can't allocate memory: you tried to allocate 9 bytes", "out of memory"])
+def test_memory_that_is_full_and_no_docstring(monkeypatch, capsys, reason):
+    """oneDNN has words of its own for it; and `python -OO` takes the docstring away."""
+    def fail(settings: train.Settings) -> None:
+        raise RuntimeError(f"{reason}\nand a stack")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as end:
+        cli.run(fail, train.Settings, None, out_of_memory="Try --batch 1")
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and error.endswith(". Try --batch 1\n") and error.count("\n") == 1
+
+
 def broken(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
     """A compiler that fails."""
     raise OSError("no triton here")

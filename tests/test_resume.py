@@ -1,5 +1,6 @@
 """Nothing is lost: a run that was stopped, killed or ran out of disk goes on and ends in the same bytes."""
 
+import errno
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import tinydb
 import train
 from tinydb.cli import Stopped, option
+from tinydb.config import InputError
 from tinydb.run import Run
 from tinydb.storage import written_whole
 
@@ -532,6 +535,20 @@ def test_what_a_killed_writer_left_is_swept_and_what_a_living_one_writes_is_not(
 
 
 # ---------------------------------------------------------------------------------- killed, and a full disk
+
+
+@pytest.mark.parametrize("number, lost", [(errno.EINVAL, False), (errno.EACCES, False), (errno.ENOTSUP, False),
+                                          (errno.ENOSPC, True), (errno.EIO, True)])
+def test_folder_that_cannot_be_flushed(tmp_path, monkeypatch, number, lost):
+    """Network shares and WSL have some that cannot; what was written is there, unless the disk says otherwise."""
+    def fsync(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(InputError, match="could not be written") if lost else nullcontext():
+        with written_whole(tmp_path / "a.json") as temporary:
+            temporary.write_text("{}")
+    assert names(tmp_path) == ([] if lost else ["a.json"])
 
 
 def assert_whole(out: Path, model_files: set[str]) -> None:

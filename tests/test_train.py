@@ -249,6 +249,13 @@ def test_checkpoint_is_a_model_folder(taught):
     assert tinydb.load(taught / "checkpoints" / "step-000004").info.step == 4
 
 
+def test_nothing_that_is_done_to_the_result_reaches_another_model(taught, nano):
+    """Each folder has files of its own: somebody may copy another VAE over one of them, in place."""
+    folders = [nano, taught / "model", *sorted((taught / "checkpoints").iterdir())]
+    for file in (TEXT, UNET, VAE):
+        assert len({(folder / file).stat().st_ino for folder in folders}) == len(folders)
+
+
 def test_inputs_show_what_the_model_sees(taught, photos):
     images = [fit(open_picture(path), 16) for path in sorted(photos.glob("*.png"))]
     shown = Image.open(taught / "inputs.png")

@@ -70,7 +70,7 @@ class Settings(Checked):
     accumulate: int = option(1, "micro-steps per step: a larger batch in the same memory", least=1, most=10**4)
     freeze_text: bool = option(False, "train the UNet alone: less memory, a little less likeness")
     lora: int | None = option(None, "leave the model as it is, and learn low-rank updates of this rank beside it: far "
-                                    "less memory; the result is a file of a few MB", metavar="RANK", least=1)
+                                    "less memory; the result is a file of a few MB", metavar="RANK", least=1, most=1024)
     lr: float | None = option(None, "learning rate (default: recipe)", above=0)
     lr_text: float | None = option(None, "of the text encoder (default: recipe, in proportion to --lr)", above=0)
     lr_decay: float | None = option(None, "last part of the steps, over which the rates fall to 0; 0 is none, 0.5 half "
@@ -108,15 +108,12 @@ class Settings(Checked):
         usual = recipe.lr_lora if self.lora else recipe.lr_freeze_text if self.freeze_text else recipe.lr
         lr = usual if self.lr is None else self.lr
         lr_text = recipe.lr_text * (lr / recipe.lr) if self.lr_text is None else self.lr_text
+        recipes = {name: getattr(recipe, name) for name in ("steps", "lr_decay", "batch", "save_every", "class_images")
+                   if getattr(self, name) is None}
         return replace(
-            self, lr=lr, lr_text=None if self.freeze_text else lr_text,
+            self, lr=lr, lr_text=None if self.freeze_text else lr_text, **recipes,
             class_noun=plain_noun(self.class_noun, self.identifier),
-            out=self.out or str(Path("runs") / Path(self.images).resolve().name),
-            steps=recipe.steps if self.steps is None else self.steps,
-            lr_decay=recipe.lr_decay if self.lr_decay is None else self.lr_decay,
-            batch=recipe.batch if self.batch is None else self.batch,
-            save_every=recipe.save_every if self.save_every is None else self.save_every,
-            class_images=recipe.class_images if self.class_images is None else self.class_images)
+            out=self.out or str(Path("runs") / Path(self.images).resolve().name))
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -311,9 +308,8 @@ def main(settings: Settings) -> None:
     masters = DreamBoothLoss(sd, prompts[: len(sets)], settings.freeze_text, lora).to(memory_format=layout)
     if settings.offload:
         masters.to("cpu")
-    rates = {"unet": settings.lr, "text_encoder": settings.lr_text}
-    param_groups = [{"params": list(module.parameters()), "lr": rates[part], "initial_lr": rates[part]}
-                    for part, module in learnt.items()]
+    param_groups = [{"params": list(module.parameters()), "initial_lr": rate}
+                    for module, rate in zip(learnt.values(), (settings.lr, settings.lr_text))]
     trained = [parameter for group in param_groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(param_groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 import convert_weights
 import sample
 import tinydb
+import train
 from convert_weights import SD1
+from tinydb import run
 from tinydb.cli import Parser
 from tinydb.clip import CLIPTextModel
 from tinydb.config import ModelInfo
@@ -278,6 +280,15 @@ def test_what_a_run_writes(teach, nano, tmp_path, capsys):
     assert len(moved) == len(load_file(out / "lora.safetensors")) / 3
 
 
+def test_disk_for_updates_is_that_of_updates(pairs, monkeypatch, tmp_path):
+    """The updates and their moments, and nothing of the model."""
+    sd, asked = tinydb.load(pairs("sd1").folder), []
+    monkeypatch.setattr(tinydb.run, "check_free_disk", lambda path, needed, cure: asked.append(needed))
+    run.Run(tmp_path / "out").check_disk(sd, train.Settings(lora=3, steps=1, save_every=1, keep=1))
+    numbers = sum(p.numel() for p in random_updates(sd, rank=3).parameters())
+    assert asked == [4 * numbers * (3 * 2 + 1)]  # two checkpoints, and the result
+
+
 def test_what_is_learnt_is_what_the_file_adds(teach, nano, tmp_path):
     """The loss at step 4, which the run measures before it learns from it, is that of the base with the file of step 3
     added to it."""
@@ -311,13 +322,13 @@ def test_frozen_text_encoder_gets_no_updates(teach, tmp_path):
 @pytest.fixture
 def drawn(nano, tmp_path, one_thread, monkeypatch) -> Callable[..., str]:
     """drawn(**settings): what the picture says of itself that sample.py draws in tmp_path."""
-    def run(**settings) -> str:
+    def draw(**settings) -> Path:
         given = {"device": "cpu", "count": 1, "steps": 2, "out": str(tmp_path / "picture.png"), **settings}
         sample.main(sample.Settings(prompt=["[V] dog"], **given))
         return tmp_path / "picture.png"
 
     monkeypatch.chdir(tmp_path)
-    return run
+    return draw
 
 
 def test_sample_finds_a_run_as_it_finds_a_model(teach, nano, drawn, tmp_path):

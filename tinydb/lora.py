@@ -70,6 +70,12 @@ def adapted_layers(part: str, model: nn.Module) -> dict[str, nn.Linear | PixelLi
     return layers
 
 
+def updates_numel(models: dict[str, nn.Module], rank: int) -> int:
+    """How many numbers the updates of these parts are."""
+    layers = [layer for part, model in models.items() for layer in adapted_layers(part, model).values()]
+    return rank * sum(sum(layer.weight.shape[:2]) for layer in layers)
+
+
 def attach(models: dict[str, nn.Module], rank: int, seed: int) -> dict[str, nn.ModuleDict]:
     """Give the layers of each part low-rank updates, and return those. The models' own weights and their names stay."""
     generator = torch.Generator().manual_seed(seed)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from tinydb.cli import Stopped, extra
 from tinydb.config import InputError, as_text, read_json, require, write_json
-from tinydb.lora import LORA_FILE
+from tinydb.lora import LORA_FILE, updates_numel
 from tinydb.pictures import grid, save_png
 from tinydb.pipeline import StableDiffusion
 from tinydb.report import sample_command, write_report
@@ -146,6 +146,8 @@ class Run:
         fp32, and the result."""
         trained, vae = (4 * sum(p.numel() for part in parts for p in part.parameters())
                         for parts in ((sd.unet, sd.text_encoder), (sd.vae,)))  # bytes
+        if settings.lora:
+            trained, vae = 4 * updates_numel({"unet": sd.unet, "text_encoder": sd.text_encoder}, settings.lora), 0
         due = math.ceil(settings.steps / settings.save_every) if settings.save_every else 0
         checkpoints = min(due + 1, settings.keep + 2)  # one for Ctrl-C; the best one, and one under way
         there = sum(file.stat().st_size for folder in self.checkpoints() for file in folder.rglob("*.safetensors"))

@@ -65,10 +65,10 @@ def no_picture_in(folder: str, remarks: list[str]) -> str:
 
 
 def to_grey(image: Image.Image) -> Image.Image:
-    """Grey values of more than 8 bits -> 8 bits, which convert() would clip. Floating-point files mean 1, 255 or 65535
-    by white: the first of them that no value exceeds."""
+    """Grey values of more than 8 bits -> 8 bits, which convert() would clip. Files do not say what white is: it is the
+    first of 1 (in floating point), 8, 12, 16 and 31 bits that no value exceeds."""
     values = np.nan_to_num(np.asarray(image, np.float64))
-    whites = {"F": (1, 255, 65535), "I": (65535, 2**31 - 1)}.get(image.mode, (65535,))
+    whites = [1] * (image.mode == "F") + [255, 4095, 65535, 2**31 - 1]
     white = next((white for white in whites if values.max() <= white), values.max())
     return Image.fromarray((values * 255 // white).clip(0, 255).astype(np.uint8))
 

@@ -94,6 +94,20 @@ def test_needs_nothing_beside_it(run):
     assert all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in page.all("img"))
 
 
+@pytest.mark.parametrize("line", [
+    "", "null", "[]", "{", '{"step": 1, "instance_loss": {}}', '{"instance_loss": 1}', '{"step": NaN}', "[" * 10**5,
+    '{"step": 1, "instance_loss": 1e999}', "\udcff", f'{{"step": {10**400}}}'], ids=lambda line: line[:30])
+def test_damaged_metrics_are_left_out(run, line):
+    """The rest of the page, and of the curves, is there."""
+    out = run(losses(40), [], steps=100)
+    page = report(out).html
+    with (out / "metrics.jsonl").open("r+", encoding="utf-8", errors="surrogateescape") as file:
+        text = file.read()
+        file.seek(0)
+        file.write(line + "\n" + text + '{"step": 41, "inst')
+    assert report(out).html == page
+
+
 def test_curves_are_the_metrics(run):
     """In the units of the data; the frame holds the whole run from left to right."""
     metrics = losses(40)

@@ -3,6 +3,7 @@
 import json
 import math
 from base64 import b64encode
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from shlex import quote
@@ -84,9 +85,19 @@ def write_report(out: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl, one for each step; a last one that is there in half is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    """The lines of metrics.jsonl, one for each step; those that are damaged, or there in half, are left out."""
+    metrics = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
+        with suppress(ValueError, RecursionError):
+            entry = json.loads(line)
+            if isinstance(entry, dict) and "step" in entry and all(map(is_number, entry.values())):
+                metrics.append(entry)
+    return metrics
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number that can be drawn."""
+    return type(value) in (int, float) and abs(value) < 1e30
 
 
 def sample_command(model: Path, class_noun: str) -> str:

@@ -307,8 +307,8 @@ def open_ranking(info: ModelInfo, weights: Path, prompt: str, settings: Settings
     taught = Path(settings.lora.split(",")[-1]) if settings.lora else weights
     subject = subject_pictures(taught, clip.side) if PLACEHOLDER in prompt else []
     if PLACEHOLDER in prompt and not subject:
-        say(f"{taught}: the pictures of {PLACEHOLDER} are not where its run found them; only the rest of the prompt is "
-            "compared")
+        say(f"{taught}: the pictures of {PLACEHOLDER} are not where its run found them; only the rest of the prompt "
+            "is compared")
     return Ranking(clip, prompt, subject)
 
 

@@ -12,16 +12,19 @@ from conftest import difference, refusal
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import nn
+from transformers import CLIPModel
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "weights"))
 import evaluate  # noqa: E402
 import judge  # noqa: E402
 import pretrain  # noqa: E402
+import pretrain_clip  # noqa: E402
 import reference  # noqa: E402
 import world  # noqa: E402
 
 import tinydb  # noqa: E402
+from tinydb.clip import preprocess  # noqa: E402
 from tinydb.data import fit, open_picture  # noqa: E402
 from tinydb.pictures import to_pixels  # noqa: E402
 
@@ -308,3 +311,33 @@ def test_papers_table_needs_a_subject_a_clip_and_pictures(teach, nano, small_cli
     (tmp_path / "empty").mkdir()
     empty = replace(given, subject=str(tmp_path / "empty"))
     assert "0 pictures in it, expected more" in refusal(evaluate.paper_table, empty, taught, tmp_path)
+
+
+def test_clip_in_the_box_answers_about_scenes_that_it_never_saw():
+    clip = tinydb.load_clip(ROOT / "weights" / "tiny-clip")
+    assert min(pretrain_clip.answers(clip, 200, seed=5).values()) >= 99
+
+
+def test_clip_in_the_box_tells_each_subject_from_its_class():
+    """And opens in transformers, of which it takes 4 MB at most."""
+    folder, rng = ROOT / "weights" / "tiny-clip", np.random.default_rng(6)
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 4e6
+    clip, reference = tinydb.load_clip(folder), CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
+    for name, subject in world.SUBJECTS.items():
+        paths = (folder.parent / "subjects" / name).glob("*.png")
+        photographs = [Image.open(path).convert("RGB") for path in paths]
+        elsewhere = [world.compose(subject.noun, subject.look, place, rng, 64) for place in world.PLACES]
+        others = [world.render(replace(world.sample_scene(rng), noun=subject.noun), rng) for _ in range(10)]
+        of_photographs = clip.images(photographs)
+        like, unlike = ((clip.images(images) @ of_photographs.T).mean(1) for images in (elsewhere, others))
+        assert like.min() > unlike.max(), name
+    with torch.inference_mode():
+        features = reference.get_image_features(preprocess(photographs, 64))
+    features = features if isinstance(features, torch.Tensor) else features.pooler_output
+    assert torch.allclose(nn.functional.normalize(features, dim=1), of_photographs, atol=1e-5)
+
+
+def test_pretraining_of_the_clip_begins_and_ends(tmp_path: Path):
+    settings = pretrain_clip.Settings(str(tmp_path / "out"), str(tmp_path / "clip"), things=20, steps=2, batch=4)
+    pretrain_clip.main(settings)
+    assert tinydb.load_clip(tmp_path / "clip").text(["a dog"]).shape == (1, 96)

@@ -24,7 +24,8 @@ PLOTS = {  # what is on a plot, by its title: names in metrics.jsonl, and in the
 }
 
 STYLE = """
-:root { color-scheme: light dark; --instance_loss: #c8500a; --prior_loss: #1c6dc0; --likeness: #c8500a; --prompt: #1c6dc0; }
+:root { color-scheme: light dark; --instance_loss: #c8500a; --prior_loss: #1c6dc0;
+        --likeness: #c8500a; --prompt: #1c6dc0; }
 body { max-width: 54rem; margin: 0 auto; padding: 2rem 1rem 4rem; font: 1rem/1.5 system-ui, sans-serif;
        font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 h1 { margin: 0; font-size: 1.75rem; }
@@ -147,7 +148,7 @@ def plot(title: str, metrics: list[dict[str, float]], steps: int) -> str:
     """Numbers over a run of `steps` steps: light, each of them (groups of them beyond POINTS), and strong, the mean of
     the tenth of all around it. Empty where there are none.
 
-    The curves have the units of the data (x is the step, y minus the number) and are stretched to the width of the page.
+    The curves have the units of the data (x is the step, y minus the number), stretched to the width of the page.
     """
     curves, legend, top = [], [], 0.0
     for name in PLOTS[title]:

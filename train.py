@@ -285,7 +285,7 @@ def main(settings: Settings) -> None:
         run.save_inputs(instance_images, prompts[0])
         scorer = open_scorer(choose_clip(settings.clip, sd.info.base), [*instance_images.values()], settings.class_noun)
         say(*remarks)
-        say(memory_plan(sd, settings, dtype))
+        say(memory_plan(sd, settings, dtype, world_size))
     run.wait_for_claim(rank)
 
     # The class pictures: what the model now draws for the class, to hold it to that.

@@ -1,28 +1,35 @@
-"""Speed and memory, side by side with diffusers: one table, ours and theirs measured in turn on this machine.
+"""Speed and memory, side by side with diffusers: one table, ours and theirs measured on this machine.
 
-    python tests/benchmark.py                     # all rows on weights/tiny, half an hour on two cores
-    python tests/benchmark.py --rows step         # those whose name contains a word
-    python tests/benchmark.py --device cuda       # Stable Diffusion 1.5's shapes, random weights, bf16
+    python tests/benchmark.py                     # the model in the box, half an hour on two cores
+    python tests/benchmark.py --rows step         # rows whose name contains a word
+    python tests/benchmark.py --device cuda       # Stable Diffusion 1.5's shapes, random weights, bf16: some minutes
 
-Every row is a median, after one warm-up; whole jobs and GPU memory are measured once, without one. "floor" is the part
-of our time that the arithmetic (counted by torch's FlopCounterMode) and the optimizer's memory traffic would take at
-the rates that this machine reaches on a large matrix product and a large copy.
+Every number is a median after a warm-up; whole jobs are measured once. On a CPU both sides take turns; on a GPU one
+side has all of the memory, and our steps are those of train.py's own loop. "floor" is the part of our time that the
+arithmetic (counted by torch's FlopCounterMode) and the optimizer's memory traffic would take at the rates that this
+machine reaches on a large matrix product and a large copy. "planned" is what train.py says at its start; "waits" counts
+how often the CPU waits for the GPU in a step, or in a drawing.
 """
 
 import gc
+import io
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +49,7 @@ from tinydb.tokenizer import CLIPTokenizer  # noqa: E402
 
 TINY, SUBJECT = ROOT / "weights" / "tiny", ROOT / "weights" / "subjects" / "rex"
 PROMPTS = ["a photo of ohwx dog", "a photo of a dog"]
+STEPS = 10  # of a training on a GPU
 
 Measured = Callable[[], float]  # does the work and returns seconds or bytes
 
@@ -99,17 +107,6 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def peak(make_step: Callable[[], Callable[[], None]]) -> float:
-    """Bytes of GPU memory that training needs at once: in the second step, since the first makes the optimizer's
-    moments."""
-    gc.collect()
-    torch.cuda.reset_peak_memory_stats()
-    step = make_step()
-    step()
-    step()
-    return torch.cuda.max_memory_allocated()
-
-
 # A small process between this one and what is measured: a child's peak begins at its parent's size.
 MEASURED = """
 import resource, subprocess, sys, time
@@ -139,7 +136,7 @@ def measured_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, flo
 # ------------------------------------------------------------------------------------- what both sides do
 
 
-def our_step(model: Model, batch: int, *, recompute: bool = False, compiled: bool = False) -> Callable[[], None]:
+def our_step(model: Model, batch: int) -> Callable[[], None]:
     """What train.py does in a step, `batch` pictures of the subject and as many for the class."""
     sd, recipe = tinydb.load(model.folder, model.device), model.recipe
     pictures, _ = read_pictures(SUBJECT, sd.resolution)
@@ -148,15 +145,10 @@ def our_step(model: Model, batch: int, *, recompute: bool = False, compiled: boo
         enabled = model.dtype != torch.float32
         return torch.autocast(model.device.type, model.dtype, enabled=enabled, cache_enabled=False)
 
-    with autocast():
-        latents = Latents.of(pictures.values(), sd.vae, model.device)
+    latents = Latents.of(pictures.values(), sd.vae, model.device)
     sd.vae.to("cpu")
     prompts = [len(pictures) * [prompt] for prompt in PROMPTS]
     loss = train.DreamBoothLoss(sd, prompts, freeze_text=False).to(memory_format=torch.channels_last)
-    if recompute:
-        train.recompute_activations(loss)
-    if compiled:
-        sd.unet.compile()
     trained = [*sd.unet.parameters(), *sd.text_encoder.parameters()]
     groups = [{"params": sd.unet.parameters()}, {"params": sd.text_encoder.parameters(), "lr": recipe.lr_text}]
     optimizer = torch.optim.AdamW(groups, recipe.lr, weight_decay=0.01, fused=True)
@@ -188,12 +180,45 @@ def our_class_images(sd: StableDiffusion, count: int, steps: int, guidance: floa
         sd.generate(prompts, steps=steps, guidance_scale=guidance, seed=first)
 
 
-def trained_parameters(folder: Path) -> int:
-    """How many numbers a step changes: those of UNet and text encoder."""
+def networks(model: Model) -> list[nn.Module]:
+    """Text encoder, UNet and VAE without memory behind them, to count with."""
     with torch.device("meta"):
-        models = [model_class(config_class.read(folder / part / "config.json"))
-                  for part, (model_class, config_class) in PARTS.items() if part != "vae"]
-    return sum(parameter.numel() for model in models for parameter in model.parameters())
+        return [model_class(config_class.read(model.folder / part / "config.json"))
+                for part, (model_class, config_class) in PARTS.items()]
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What a row cannot do without: floating-point operations, and bytes that the optimizer moves."""
+
+    flops: float
+    traffic: float = 0
+
+
+def step_floor(model: Model, batch: int) -> Floor:
+    """AdamW reads weight, gradient and two moments and writes all but the gradient: 28 bytes for each weight."""
+    text_encoder, unet, _ = networks(model)
+    latents = torch.empty(2 * batch, unet.config.in_channels, *2 * [unet.config.sample_size], device="meta")
+    ids = torch.zeros(2, text_encoder.config.max_position_embeddings, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        text_embeds = text_encoder(ids).repeat_interleave(batch, dim=0)
+        unet(latents, torch.zeros(2 * batch, device="meta"), text_embeds).sum().backward()
+    weights = sum(parameter.numel() for network in (text_encoder, unet) for parameter in network.parameters())
+    return Floor(counter.get_total_flops(), 28 * weights)
+
+
+@torch.no_grad()
+def drawing_floor(model: Model, count: int, steps: int) -> Floor:
+    """Two predictions for each step of a picture, and its decoding."""
+    text_encoder, unet, vae = networks(model)
+    text = torch.empty(2 * count, text_encoder.config.max_position_embeddings, text_encoder.config.hidden_size,
+                       device="meta")
+    latents = torch.empty(2 * count, unet.config.in_channels, *2 * [unet.config.sample_size], device="meta")
+    with FlopCounterMode(display=False) as step:
+        unet(latents, torch.zeros(2 * count, device="meta"), text)
+    with FlopCounterMode(display=False) as decoding:
+        vae.decode(latents[:count])
+    return Floor(steps * step.get_total_flops() + decoding.get_total_flops())
 
 
 # The shortest script that draws pictures with diffusers.
@@ -210,36 +235,32 @@ pipeline(["a dog on the moon"] * 4, num_inference_steps=STEPS)
 
 @dataclass
 class Row:
-    """A row of the table. `sides` prepares both sides and returns what measures them, ours and theirs."""
+    """A row of the table on a CPU. `sides` prepares both sides and returns what measures them, ours and theirs."""
 
     name: str
-    goal: str  # the ratio or, on a GPU, our own number
+    goal: str  # the ratio
     sides: Callable[[], tuple[Measured, Measured]]
-    traffic: float | None = None  # bytes that our optimizer moves; None: no floor, our FLOPs cannot be counted
+    floor: Floor | None = None
     repeats: int | None = None
 
 
-def step_row(model: Model, name: str, batch: int, goal: str, *, encode: bool = True, compiled: bool = False) -> Row:
-    """A training step. AdamW reads weight, gradient and two moments and writes all but the gradient: 28 bytes each."""
+def step_row(model: Model, name: str, batch: int, goal: str, *, encode: bool = True) -> Row:
+    """A training step."""
     def sides() -> tuple[Measured, Measured]:
-        ours = our_step(model, batch, compiled=compiled)
-        theirs = their_step(model, batch, encode=encode, compiled=compiled)
+        ours, theirs = our_step(model, batch), their_step(model, batch, encode=encode)
         return lambda: timed(ours), lambda: timed(theirs)
 
-    return Row(name, goal, sides, None if compiled else 28 * trained_parameters(model.folder), repeats=20)
+    return Row(name, goal, sides, step_floor(model, batch), repeats=20)
 
 
-def draw_row(model: Model, name: str, count: int, goal: str, *, compiled: bool = False) -> Row:
+def draw_row(model: Model, name: str, count: int, goal: str) -> Row:
     """Pictures of 50 steps with guidance, all of them at once."""
     def sides() -> tuple[Measured, Measured]:
         sd, pipeline, prompts = model.ours(), model.theirs(), ["a dog on the moon"] * count
-        if compiled:
-            sd.unet.compile()
-            pipeline.unet.compile()
         return (lambda: timed(lambda: sd.generate(prompts, steps=50, guidance_scale=7.5)),
                 lambda: timed(lambda: pipeline(prompts, num_inference_steps=50)))
 
-    return Row(name, goal, sides, None if compiled else 0)
+    return Row(name, goal, sides, drawing_floor(model, count, 50))
 
 
 def class_row(model: Model, name: str, count: int, steps: int, guidance: float, goal: str) -> Row:
@@ -249,7 +270,7 @@ def class_row(model: Model, name: str, count: int, steps: int, guidance: float, 
         return (lambda: timed(lambda: our_class_images(sd, count, steps, guidance)),
                 lambda: timed(lambda: reference.draw_class_images(pipeline, PROMPTS[1], count)))
 
-    return Row(name, goal, sides, 0, repeats=2)
+    return Row(name, goal, sides, drawing_floor(model, count, steps), repeats=2)
 
 
 def sampling_row(name: str, index: int, steps: int, goal: str, folder: Path, repeats: int | None = None) -> Row:
@@ -260,19 +281,13 @@ def sampling_row(name: str, index: int, steps: int, goal: str, folder: Path, rep
     return Row(name, goal, lambda: (lambda: process(*ours)[index], lambda: process(*theirs)[index]), repeats=repeats)
 
 
-def job_row(model: Model, goal: str, folder: Path, *options: object) -> Row:
+def job_row(model: Model, goal: str, folder: Path) -> Row:
     """The whole of train.py by the recipe, from the first import to the saved model. Both sides draw as many class
     images: we in the recipe's steps, diffusers in the pipeline's 50."""
     same = ("--images", SUBJECT, "--class", "dog", "--weights", model.folder, "--device", model.device)
-    ours = (ROOT / "train.py", *same, "--out", folder / "ours", *options)
+    ours = (ROOT / "train.py", *same, "--out", folder / "ours")
     theirs = (ROOT / "weights" / "reference.py", *same, "--out", folder / "theirs")
     return Row("the whole job", goal, lambda: (lambda: process(*ours)[0], lambda: process(*theirs)[0]), repeats=1)
-
-
-def memory_row(model: Model, name: str, goal: str, *, recompute: bool = False) -> Row:
-    """Peak memory of a GPU over a training step of 1+1."""
-    return Row(name, goal, lambda: (lambda: peak(lambda: our_step(model, 1, recompute=recompute)),
-                                    lambda: peak(lambda: their_step(model, 1))), repeats=1)
 
 
 def cpu_rows(images: int, folder: Path) -> list[Row]:
@@ -293,53 +308,243 @@ def cpu_rows(images: int, folder: Path) -> list[Row]:
     ]
 
 
-def gpu_rows(folder: Path) -> list[Row]:
-    """Stable Diffusion 1.5 at 512 pixels, in bf16 where the GPU can."""
-    device = choose_device("cuda")
-    model = Model(stable_diffusion(folder / "sd15"), device, choose_dtype("auto", device))
-    return [
-        draw_row(model, "1 image, 50 steps, guidance", 1, "0.76 s"),
-        draw_row(model, "1 image, 50 steps, guidance, compiled", 1, "0.76 s", compiled=True),
-        draw_row(model, "16 images, 50 steps, guidance", 16, "floor 50%"),
-        step_row(model, "step, batch 1+1", 1, "0.032 s"),
-        step_row(model, "step, batch 1+1, compiled", 1, "0.032 s", compiled=True),
-        step_row(model, "step, batch 8+8", 8, "floor 40%"),
-        memory_row(model, "peak memory of a step", "8000 MB"),
-        memory_row(model, "peak memory of a step, --recompute", "8000 MB", recompute=True),
-        job_row(model, "92 s", folder, "--save-every", 0),
-    ]
-
-
 def measure(row: Row, repeats: int, flops: float, bandwidth: float) -> str:
-    """A row of the table."""
+    """A row of the table on a CPU."""
     sides = row.sides()
     if row.repeats != 1:
         for side in sides:  # warm up
             side()
     numbers = [[side() for side in sides] for _ in range(row.repeats or repeats)]
     ours, theirs = (statistics.median(values) for values in zip(*numbers))
-    floor = ""
-    if row.traffic is not None:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the others are not counted
-            sides[0]()
-        floor = f"{100 * (counter.get_total_flops() / flops + row.traffic / bandwidth) / ours:.0f}%"
     scale, unit = (1e-6, "MB") if "memory" in row.name else (1, "s")
     return (f"| {row.name} | {ours * scale:.3g} {unit} | {theirs * scale:.3g} {unit} | {ours / theirs:.2f} | "
-            f"{row.goal} | {floor} |")
+            f"{row.goal} | {part_of(ours, row.floor, flops, bandwidth)} |")
+
+
+def part_of(seconds: float, floor: Floor | None, flops: float, bandwidth: float) -> str:
+    """How much of the time the floor is."""
+    return f"{100 * (floor.flops / flops + floor.traffic / bandwidth) / seconds:.0f}%" if floor else ""
+
+
+# -------------------------------------------------------------------------------------- the table on a GPU
+
+
+@dataclass
+class Numbers:
+    """What one side of a row took."""
+
+    seconds: float
+    peak: float  # bytes of GPU memory
+    waits: float  # in a step, or a drawing
+    planned: float | None = None  # bytes that train.py announced
+
+
+@contextmanager
+def waits_counted() -> Iterator[list[object]]:
+    """A list that gets an entry each time that the CPU waits for the GPU or, without one, would do so."""
+    waits = []
+    if torch.cuda.is_available():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield waits
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits += [warning for warning in caught if "synchroniz" in str(warning.message)]
+        return
+
+    def counted(method: Callable) -> Callable:
+        def call(tensor: torch.Tensor, *arguments: object) -> object:
+            waits.append(method)
+            return method(tensor, *arguments)
+        return call
+
+    with ExitStack() as patches:
+        for name in ("tolist", "item", "__bool__", "__float__", "__int__"):
+            patches.enter_context(mock.patch.object(torch.Tensor, name, counted(getattr(torch.Tensor, name))))
+        yield waits
+
+
+class Watch:
+    """Stands in for the progress bar of train.py's loop, and notes what each step takes."""
+
+    def __init__(self):
+        self.seconds, self.waits = [], []
+
+    def __call__(self, steps: Iterable[int], *arguments: object, **options: object) -> "Watch":
+        self.steps = steps
+        return self
+
+    def __iter__(self) -> Iterator[int]:
+        for step in self.steps:
+            if torch.cuda.is_available() and step < 2:  # the first step makes the moments
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            with waits_counted() as waits:
+                yield step
+            self.seconds.append(time.perf_counter() - start)
+            self.waits.append(len(waits))
+        self.peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+
+    def set_postfix(self, *arguments: object, **options: object) -> None:
+        pass
+
+
+def watched(**settings: object) -> Watch:
+    """Train, by train.py's own loop, and say what it took; `planned` is what it announced."""
+    watch, said = Watch(), io.StringIO()
+    with mock.patch.object(train, "tqdm", watch), redirect_stderr(said), redirect_stdout(io.StringIO()):
+        train.main(train.Settings(**settings))
+    watch.planned = 1e9 * float(re.search(r"at once ([\d.]+)", said.getvalue())[1])
+    return watch
+
+
+def our_training(model: Model, folder: Path, batch: int, **flags: object) -> Numbers:
+    """Steps of train.py, without class pictures to draw and without a result to save."""
+    precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.dtype]
+    settings = {"images": str(SUBJECT), "class_noun": "dog", "class_dir": str(SUBJECT), "class_images": 5,
+                "weights": str(model.folder), "device": model.device.type, "precision": precision,
+                "batch": batch, "steps": STEPS, "save_every": 0, "out": tempfile.mkdtemp(dir=folder)}
+    with mock.patch.object(StableDiffusion, "save"):
+        watch = watched(**{**settings, **flags})
+    seconds, waits = (statistics.median(values[2:-1]) for values in (watch.seconds, watch.waits))
+    return Numbers(seconds, watch.peak, waits, watch.planned)
+
+
+def checkpoint(model: Model, folder: Path) -> Numbers:
+    """The seconds of writing one."""
+    seconds = []
+
+    def save(*arguments: object) -> None:
+        seconds.append(timed(lambda: original(*arguments)))
+
+    original = train.save_checkpoint
+    with mock.patch.object(train, "save_checkpoint", save):
+        numbers = our_training(model, folder, 1, save_every=STEPS)
+    return replace(numbers, seconds=seconds[0])
+
+
+def repeated(work: Callable[[], object], times: int) -> Numbers:
+    """Some work, after a warm-up."""
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with waits_counted() as waits:
+        seconds = statistics.median(timed(work) for _ in range(times))
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return Numbers(seconds, peak, len(waits) / times)
+
+
+def our_drawing(model: Model, count: int, steps: int) -> Numbers:
+    sd = model.ours()
+    return repeated(lambda: sd.generate(["a dog"] * count, steps=steps, guidance_scale=7.5), 3)
+
+
+def their_drawing(model: Model, count: int, steps: int) -> Numbers:
+    pipeline = model.theirs()
+    return repeated(lambda: pipeline(["a dog"] * count, num_inference_steps=steps), 3)
+
+
+def our_class_drawing(model: Model, count: int) -> Numbers:
+    sd, recipe = model.ours(), model.recipe
+    return repeated(lambda: our_class_images(sd, count, recipe.class_steps, recipe.class_guidance), 1)
+
+
+def their_class_drawing(model: Model, count: int) -> Numbers:
+    pipeline = model.theirs()
+    return repeated(lambda: reference.draw_class_images(pipeline, PROMPTS[1], count), 1)
+
+
+@dataclass
+class GpuRow:
+    """A row of the table on a GPU; a goal is the ratio, or a number for an H100."""
+
+    name: str
+    goal: str
+    ours: Callable[[], Numbers]
+    theirs: Callable[[], Numbers] | None = None
+    floor: Floor | None = None
+
+
+def gpu_rows(model: Model, images: int, folder: Path) -> list[GpuRow]:
+    """What matters on a GPU. --accumulate, processes and --compile change a step's time in ways of their own."""
+    ours, steps = partial(our_training, model, folder), model.recipe.sample_steps
+
+    def theirs(batch: int) -> Numbers:
+        return repeated(their_step(model, batch), STEPS)
+
+    return [
+        GpuRow("step, batch 1+1", "0.8, 0.06 s", lambda: ours(1), lambda: theirs(1), step_floor(model, 1)),
+        GpuRow("step, batch 4+4", "0.8, 0.12 s", lambda: ours(4), lambda: theirs(4), step_floor(model, 4)),
+        GpuRow("--freeze-text", "0.055 s", lambda: ours(1, freeze_text=True)),
+        GpuRow("--recompute", "0.075 s", lambda: ours(1, recompute=True)),
+        GpuRow("--lora 16", "0.045 s", lambda: ours(1, lora=16)),
+        GpuRow("--lora 16 --recompute", "2.5 GB", lambda: ours(1, lora=16, recompute=True)),
+        GpuRow("--offload", "4.5 GB, 1.6 s", lambda: ours(1, offload=True)),
+        GpuRow(f"1 picture, {steps} steps", "0.9, 0.45 s", lambda: our_drawing(model, 1, steps),
+               lambda: their_drawing(model, 1, steps), drawing_floor(model, 1, steps)),
+        GpuRow(f"8 pictures, {steps} steps", "0.95, 1.8 s", lambda: our_drawing(model, 8, steps),
+               lambda: their_drawing(model, 8, steps), drawing_floor(model, 8, steps)),
+        GpuRow(f"{images} class images", "0.9", lambda: our_class_drawing(model, images),
+               lambda: their_class_drawing(model, images)),
+        GpuRow("a checkpoint", "20 s", lambda: checkpoint(model, folder)),
+    ]
+
+
+def attempt(side: Callable[[], Numbers] | None) -> Numbers | str:
+    """What a side took, or why there is no number; its memory is free afterwards."""
+    if side is None:
+        return ""
+    try:
+        return side()
+    except RuntimeError as error:
+        if not cli.is_out_of_memory(error):
+            raise
+        return "out of memory"
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def measure_gpu(row: GpuRow, flops: float, bandwidth: float) -> str:
+    """A row of the table on a GPU."""
+    ours, theirs = attempt(row.ours), attempt(row.theirs)
+    measured = [side for side in (ours, theirs) if isinstance(side, Numbers)]
+    seconds = [f"{side.seconds:.3g} s" if side in measured else side for side in (ours, theirs)]
+    peaks = [f"{side.peak / 1e9:.1f}" if side in measured else "" for side in (ours, theirs)]
+    cells = [row.name, *seconds, f"{ours.seconds / theirs.seconds:.2f}" if len(measured) == 2 else "", row.goal]
+    if ours in measured:
+        planned = f"{ours.planned / 1e9:.1f}" if ours.planned else ""
+        cells += [part_of(ours.seconds, row.floor, flops, bandwidth), peaks[0], planned, peaks[1], f"{ours.waits:g}"]
+    else:
+        cells += ["", "", "", peaks[1], ""]
+    return f"| {' | '.join(cells)} |"
 
 
 def main(settings: Settings) -> None:
+    on_gpu = settings.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        print("no GPU with CUDA here: nothing is measured")
+        return
     device = choose_device(settings.device)
-    on_gpu = device.type == "cuda"
-    with tempfile.TemporaryDirectory() as folder:
-        rows = gpu_rows(Path(folder)) if on_gpu else cpu_rows(settings.images, Path(folder))
-        flops, bandwidth = measured_rates(device, choose_dtype("auto", device))
-        machine = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
-        print(f"{machine}, {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s\n")
-        print("| row | ours | diffusers | ratio | goal | floor |\n|---|---:|---:|---:|---:|---:|", flush=True)
+    flops, bandwidth = measured_rates(device, choose_dtype("auto", device))
+    machine = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
+    print(f"{machine}, torch {torch.__version__}, {flops / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.1f} GB/s\n")
+    with tempfile.TemporaryDirectory() as name:
+        folder, columns = Path(name), ["row", "ours", "diffusers", "ratio", "goal", "floor"]
+        if on_gpu:
+            columns += ["peak GB", "planned", "diffusers GB", "waits"]
+            model = Model(stable_diffusion(folder / "sd15"), device, choose_dtype("auto", device))
+            rows = gpu_rows(model, settings.images, folder)
+            measured = partial(measure_gpu, flops=flops, bandwidth=bandwidth)
+        else:
+            rows = cpu_rows(settings.images, folder)
+            measured = partial(measure, repeats=settings.repeats, flops=flops, bandwidth=bandwidth)
+        print(f"| {' | '.join(columns)} |\n|---{(len(columns) - 1) * '|---:'}|", flush=True)
         for row in rows:
             if settings.rows in row.name:
-                print(measure(row, settings.repeats, flops, bandwidth), flush=True)
+                print(measured(row), flush=True)
 
 
 if __name__ == "__main__":

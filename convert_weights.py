@@ -205,7 +205,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # it warns of pickles it then refuses
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # there is no end to what damaged pickles make the unpickler raise
-        reason = "not a whole checkpoint: " + str(error).partition("\n")[0]
+        # what PyTorch says around it advises to run the file
+        reason = "not a whole checkpoint: " + str(error).rpartition("Unpickler error: ")[2].partition("\n")[0]
         asked = re.search(r"GLOBAL (\S+)", str(error))
         if asked:
             reason = f"refused, it asks to run {asked[1]}"
@@ -439,9 +440,10 @@ def main(settings: Settings):
     if src.is_file():
         description, tensors = read_single_file(src, settings.prediction)
     else:
-        require(src.is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", settings.src) is not None,
-                f"{src}: no such file or folder, and not a hub id (owner/name)")
-        folder = src if src.is_dir() else download(settings.src)
+        repo = settings.src.removeprefix("https://huggingface.co/").rstrip("/")
+        require(src.is_dir() or re.fullmatch(r"[\w.-]+/[\w.-]+", repo) is not None,
+                f"{settings.src}: no such file or folder, and not a hub id (owner/name)")
+        folder = src if src.is_dir() else download(repo)
         if (folder / "config.json").exists() and read_json(folder / "config.json").get("model_type") == "clip":
             return convert_clip(folder, dst, settings.half)
         description, tensors = read_folder(folder)

@@ -545,9 +545,11 @@ def test_damaged_files(sd1, tmp_path):
     for suffix in (".safetensors", ".ckpt"):
         broken = tmp_path / f"broken{suffix}"
         content = (tmp_path / f"whole{suffix}").read_bytes()
-        for damage in (content[: len(content) // 2], b"", b"<html>not found</html>" * 9):
+        for damage in (content[: len(content) // 2], b"", b"<html>not found</html>" * 9, b"\xff\xd8\xff\xe0 a photo",
+                       b"\x89PNG\r\n\x1a\n"):
             broken.write_bytes(damage)
-            assert "not a whole" in refusal(broken, tmp_path / "out")
+            text = refusal(broken, tmp_path / "out")
+            assert "not a whole" in text and "weights_only" not in text, text
         broken.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 4\n")
         assert "git lfs pull" in refusal(broken, tmp_path / "out")
 
@@ -603,8 +605,18 @@ def test_failure_leaves_nothing(sd1, tmp_path, monkeypatch, name):
     assert "No space left" in refusal(sd1, tmp_path / name)
 
 
-def test_unknown_source(tmp_path):
-    assert "no such file or folder" in refusal(tmp_path / "nowhere", tmp_path / "out")
+@pytest.mark.parametrize("name", ["nowhere", "https://civitai.com/models/1",
+                                  "https://huggingface.co/owner/name/blob/main/model.safetensors"])
+def test_unknown_source(tmp_path, name):
+    assert f"{name}: no such file or folder" in refusal(name, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["owner/name", "https://huggingface.co/owner/name", "https://huggingface.co/owner/name/"])
+def test_address_of_a_hub_model(sd1, tmp_path, monkeypatch, name):
+    asked = []
+    monkeypatch.setattr(convert_weights, "download", lambda repo: asked.append(repo) or sd1)
+    convert(name, tmp_path / "out")
+    assert asked == ["owner/name"]
 
 
 # ---- the command itself

@@ -405,7 +405,7 @@ def main(settings: Settings) -> None:
                 sd.info = replace(sd.info, step=done)
                 state["scaler"] = scaler.state_dict()
                 save_checkpoint(run.checkpoint(done), sd, weights, lora, optimizer_tensors(masters, optimizer), state)
-                run.drop_checkpoints(settings.keep, scorer.best_step(state["scores"]))
+                run.drop_checkpoints(settings.keep, scorer.best_step(state["scores"], run))
             if previewing or due or asked_to_stop:
                 run.report()
         if asked_to_stop:

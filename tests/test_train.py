@@ -335,9 +335,9 @@ def scored(monkeypatch, scores: list[tuple[float, float]]) -> None:
 
 @pytest.mark.parametrize("scores, keep, kept, said", [
     ([(0.3, 0.2), (0.4, 0.2), (0.75, 0.19), (0.8, 0.12)], 1, [2, 3], "step 2 is the best"),
-    ([(0.3, 0.2), (0.8, 0.2), (0.9, 0.3), (0.8, 0.2)], 1, [1, 3], "step 1 is the best"),  # all that there is to gain
+    ([(0.3, 0.2), (0.8, 0.3), (0.9, 0.3), (0.8, 0.2)], 1, [2, 3], "step 2 is the best"),  # the last of equals, so far
     ([(0.3, 0.2), (0.4, 0.2), (0.7, 0.19), (0.8, 0.19)], 2, [2, 3], "no earlier checkpoint is better"),
-], ids=["in-the-middle", "the-first-of-equals", "the-last"])
+], ids=["in-the-middle", "the-last-of-equals", "the-last"])
 def test_best_step_is_kept_and_named(teach, small_clip, tmp_path, monkeypatch, capsys, scores, keep, kept, said):
     scored(monkeypatch, scores)
     out = teach(tmp_path / "out", steps=len(scores) - 1, save_every=1, keep=keep, clip=str(small_clip))

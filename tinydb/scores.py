@@ -20,6 +20,7 @@ from tinydb.tokenizer import PLACEHOLDER, CLIPTokenizer
 BATCH = 16  # pictures or prompts at once
 TINY_NAME = "tinydb world model"  # the base of the model in the box, and of what was taught to it
 
+MARGIN = 0.05  # of learnt + kept: what a few pictures cannot tell apart
 NO_CLIP = "no --clip (`python convert_weights.py openai/clip-vit-base-patch32 weights/clip` makes a folder for it)"
 
 Score = dict[str, float]  # "likeness" to the subject's pictures, and "prompt": that without the identifier; cosines
@@ -116,28 +117,31 @@ class Scorer:
         return {"likeness": (features @ self.subject.T).mean().item(),
                 "prompt": (features * self.text).sum(1).mean().item()}
 
-    def best_step(self, scores: dict[str, Score]) -> int | None:
-        """The step at which learnt + kept is largest, the earlier of two:
+    def best_step(self, scores: dict[str, Score], run: Run) -> int | None:
+        """Of the run's checkpoints the step at which learnt + kept is largest, or the last one if that is hardly worse:
 
             learnt = 0 where pictures are as like the subject as those of step 0, 1 where as its pictures are alike
-            kept   = 1 where pictures fit their prompts as those of step 0, 0 where no more than the subject's pictures
+            kept   = 0 where pictures fit the prompts no better than the subject's own do, 1 at the best of all steps
 
-        None where there is no choice. `scores` by step.
+        None where there is no choice. `scores` of all steps so far; those of step 0 are of the model before training.
         """
-        after = {int(step): score for step, score in scores.items() if step != "0"}
+        after = {int(step): score for step, score in scores.items()
+                 if step != "0" and run.checkpoint(int(step)).exists()}
         if self.clip is None or "0" not in scores or len(after) < 2:
             return None
-        before, photographs = scores["0"], self.photographs
+        before, photographs, last = scores["0"], self.photographs, max(after)
+        best_prompt = max(score["prompt"] for score in scores.values())
 
         def merit(step: int) -> float:
             learnt = fraction(after[step]["likeness"], before["likeness"], photographs["likeness"])
-            return learnt + fraction(after[step]["prompt"], photographs["prompt"], before["prompt"])
+            return learnt + fraction(after[step]["prompt"], photographs["prompt"], best_prompt)
 
-        return max(after, key=merit)
+        best = max(after, key=merit)
+        return best if merit(best) > merit(last) + MARGIN else last
 
     def advice(self, scores: dict[str, Score], run: Run, file: str) -> str:
         """What to say at the end of a run: the best step and how to sample it, by `file` in its checkpoint."""
-        best, last = self.best_step(scores), max(map(int, scores), default=0)
+        best, last = self.best_step(scores, run), max(map(int, scores), default=0)
         if best is None:
             return ""
         if best == last:

@@ -32,6 +32,7 @@ from tinydb import cli
 from tinydb.cli import choose_device, option
 from tinydb.config import Checked, ModelInfo, read_json, require, write_json
 from tinydb.data import read_pictures
+from tinydb.lora import LORA_FILE
 from tinydb.pictures import grid, to_pixels
 from tinydb.pipeline import StableDiffusion
 from tinydb.prompts import class_prompt
@@ -63,6 +64,7 @@ ARMS = {  # in the order in which they are run: what matters most comes first
     "the recipe": Arm(), "plain prior, no captions (the paper)": Arm(captions=False, prior="plain"),
     "no captions": Arm(captions=False), "plain prior": Arm(prior="plain"),
     "prior that names nothing asked": Arm(prior="unasked"), "constant rate": Arm(("--lr-decay", "0")),
+    "LoRA of rank 8": Arm(("--lora", "8")),
     "diffusers (the paper)": Arm(captions=False, prior="plain", diffusers=True),
     "diffusers, captions and varied prior": Arm(diffusers=True),
     "no prior loss": Arm(("--prior-weight", "0")), "UNet alone": Arm(("--freeze-text",)),
@@ -277,9 +279,11 @@ def measure(judge: Judge, similarity: Similarity, name: str, images: list[Image.
     return {key: 100 * value.float().mean().item() for key, value in numbers.items()}
 
 
-def draw_taught(folder: Path, name: str) -> tuple[list[Image.Image], list[Image.Image]]:
-    """What a model that was taught a subject draws of it, and of its class."""
+def draw_taught(folder: Path, name: str, lora: Path | None = None) -> tuple[list[Image.Image], list[Image.Image]]:
+    """What a model, or one and a LoRA file, that was taught a subject draws of it, and of its class."""
     subject, sd = SUBJECTS[name], tinydb.load(folder, choose_device("auto"))
+    if lora:
+        sd.add_lora(lora)
     prompts = [prompt for prompt, _ in study_prompts(subject) for _ in range(PER_PROMPT)]
     return (draw(sd, prompts, None, f"{name}, {folder.name}"),
             draw(sd, [class_prompt(subject.noun)] * CLASS_PICTURES, None, f"a {subject.noun}"))
@@ -383,7 +387,9 @@ class Study:
         else:
             run_script("train.py", *given, *self.class_prompts(arm, name), *arm.options, "--out", folder,
                        "--class-dir", class_dir, "--save-every", 0)
-        self.measure(way, name, seed, *draw_taught(folder / "model", name))
+        lora = folder / LORA_FILE
+        taught = (self.weights, name, lora) if lora.exists() else (folder / "model", name)
+        self.measure(way, name, seed, *draw_taught(*taught))
         shutil.rmtree(folder)
 
     def measure(self, way: str, name: str, seed: int, images: list[Image.Image],

@@ -24,7 +24,7 @@ COMMANDS = [shlex.split(part, comments=True) for language, block in BLOCKS if no
             for line in block.splitlines() for part in line.split("&&")]
 INLINE = [shlex.split(inline) for inline in re.findall(r"`((?:python|torchrun) \w+\.py[^`]*)`", README)]
 OURS = [words for words in COMMANDS if words[0] in ("python", "torchrun") and SCRIPTS.keys() & set(words)]
-ELSEWHERE = "sd1", "downloaded", "checkpoints"  # from the hub, or after a long training
+ELSEWHERE = "sd1", "openai", "downloaded", "checkpoints"  # from the hub, or after a long training
 OFFLINE = [words for words in OURS if not any(name in word for word in words for name in ELSEWHERE)]
 FEW = {"train.py": ["--steps", "2", "--class-images", "2"], "sample.py": ["--steps", "2"], "convert_weights.py": []}
 PYTHON = [block for language, block in BLOCKS if language == "python"]

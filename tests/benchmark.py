@@ -515,7 +515,7 @@ def measure_gpu(row: GpuRow, flops: float, bandwidth: float) -> str:
     peaks = [f"{side.peak / 1e9:.1f}" if side in measured else "" for side in (ours, theirs)]
     cells = [row.name, *seconds, f"{ours.seconds / theirs.seconds:.2f}" if len(measured) == 2 else "", row.goal]
     if ours in measured:
-        planned = f"{ours.planned / 1e9:.1f}" if ours.planned else ""
+        planned = f"{ours.planned / 1e9:.1f}" if ours.planned is not None else ""
         cells += [part_of(ours.seconds, row.floor, flops, bandwidth), peaks[0], planned, peaks[1], f"{ours.waits:g}"]
     else:
         cells += ["", "", "", peaks[1], ""]

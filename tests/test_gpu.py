@@ -17,6 +17,7 @@ from processes import arguments, start, start_ranks
 from safetensors.torch import load_file
 from test_distributed import gradient, succeed
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import tinydb
 import train
@@ -232,11 +233,16 @@ def test_compile(teach_here, tmp_path, precision):
 
 
 @pytest.mark.parametrize("flags", [{}, {"accumulate": 2, "precision": "bf16"}], ids=["plain", "accumulate"])
-def test_a_step_waits_for_the_gpu_once(nano, photos, tmp_path, one_thread, flags):
+def test_a_step_waits_for_the_gpu_once(nano, photos, tmp_path, monkeypatch, flags):
     """When all of it is queued. On a CPU, what would wait there is counted."""
+    order, tolist = [], Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: order.append("waits") or tolist(tensor))
+    hook = register_optimizer_step_post_hook(lambda *_: order.append("queued"))
     watch = benchmark.watched(images=str(photos), class_noun="dog", weights=str(nano), device=DEVICE.type, steps=4,
                               save_every=0, class_dir=str(photos), class_images=3, out=str(tmp_path / "out"), **flags)
+    hook.remove()
     assert watch.waits[1:-1] == [1, 1]  # the first step makes the moments, the last one checks the result
+    assert order[order.index("queued") :][:6] == ["queued", "waits"] * 3
 
 
 def test_batch_arrives_whole(pairs):

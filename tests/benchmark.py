@@ -14,6 +14,7 @@ how often the CPU waits for the GPU in a step, or in a drawing.
 import gc
 import io
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -396,6 +397,7 @@ def watched(**settings: object) -> Watch:
     watch, said = Watch(), io.StringIO()
     with mock.patch.object(train, "tqdm", watch), redirect_stderr(said), redirect_stdout(io.StringIO()):
         train.main(train.Settings(**settings))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the run had one of its own
     watch.planned = 1e9 * float(re.search(r"at once ([\d.]+)", said.getvalue())[1])
     return watch
 

@@ -12,6 +12,11 @@ Several prompts, fewer steps, a picture to draw over: `help(sd.generate)`. Step 
 
 Its parts are PyTorch modules to look into and to call: sd.text_encoder, sd.unet, sd.vae, with sd.tokenizer and
 sd.schedule. `train.py --images DIR --class dog` teaches it your dog; after that "[V] dog" in a prompt is yours.
+
+How well pictures fit prompts, as cosines (pictures, prompts):
+
+    clip = tinydb.load_clip("weights/tiny-clip")  # or any transformers CLIPModel folder
+    clip.images([image]) @ clip.text(["a red dog", "a cat on the beach"]).T
 """
 
 from tinydb.config import InputError

@@ -1,6 +1,7 @@
 """Two processes do together what one does with twice the batch; nothing hangs when one has trouble."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,6 +67,20 @@ def test_two_ranks_are_one_process_with_twice_the_batch(line, tmp_path):
     [reported], [expected] = metrics(tmp_path / "two"), metrics(tmp_path / "one")
     for name in ("instance_loss", "prior_loss"):
         assert reported[name] == pytest.approx(expected[name], rel=1e-5)
+
+
+def test_two_ranks_learn_each_picture_under_its_prompt(line, photos, tmp_path):
+    """As one process does: no two pictures have the same."""
+    images = shutil.copytree(photos, tmp_path / "photos")
+    for i, word in enumerate(("red", "cat", "the")):
+        (images / f"{i}.txt").write_text(f"{word} [V] dog")
+    (tmp_path / "prompts.txt").write_text("red {noun}\nthe {noun}\n")
+    settings = {"images": images, "class_prompts": tmp_path / "prompts.txt", "class_images": 8}
+    succeed(start_ranks(2, tmp_path / "log", *line("two", **settings)))
+    succeed([start(tmp_path / "log", "train.py", *line("one", batch=2, **settings))])
+    succeed([start(tmp_path / "log", "train.py", *line("plain", batch=2, class_images=8))])
+    two, one, plain = (gradient(tmp_path / name) for name in ("two", "one", "plain"))
+    assert (two - one).norm() < 1e-5 * one.norm() < 1e-3 * (plain - one).norm()
 
 
 def test_class_images_are_the_same_for_any_number_of_ranks(line, tmp_path):

@@ -33,7 +33,7 @@ from tinydb.data import read_pictures
 from tinydb.diffusion import SAMPLERS
 from tinydb.lora import LORA_FILE
 from tinydb.pictures import describe, grid, open_picture, read_description, save_png
-from tinydb.pipeline import Sampling, StableDiffusion
+from tinydb.pipeline import LAST_SEED, Sampling, StableDiffusion
 from tinydb.scores import NO_CLIP, Ranking, choose_clip, subject_pictures
 from tinydb.storage import existing_parent, model_folder, written_whole
 from tinydb.tokenizer import PLACEHOLDER
@@ -146,6 +146,8 @@ def read_jobs(given: Settings) -> list[tuple[str, Settings]]:
     for _, settings in jobs:
         require(settings.best is None or settings.best <= settings.count or settings.among,
                 f"--best {settings.best}: more than the {settings.count} pictures that are drawn; give a larger -n")
+        require(settings.seed + settings.count - 1 <= LAST_SEED,  # picture i is drawn from seed + i
+                f"--seed {settings.seed} for -n {settings.count}: seeds end at {LAST_SEED}; give a smaller one")
     files = [settings.out for _, settings in jobs if settings.out_is_file]
     require(len(files) == len(set(files)),
             f"--out {', '.join(files[:1])}: several prompts do not fit into one file; name a folder")

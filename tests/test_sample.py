@@ -563,6 +563,7 @@ def test_a_preview_that_fails_does_not_end_the_drawing(draw, monkeypatch):
     (["--out", "file/in.png"], ["--out file/in.png"]), (["--out", "folder.png"], ["--out folder.png"]),
     (["--stesp", "3"], ["--stesp"]), (["--see", "3"], ["--see"]),
     (["more", "--out", "a.png"], ["a.png", "name a folder"]),
+    (["--seed", "4294967295", "-n", "5"], ["--seed 4294967295", "-n 5"]), (["--seed=4294967290"] + ["-n=7"], ["-n 7"]),
 ], ids=lambda value: "=".join(value) if value[0].startswith("--") or value[0] == "-n" else "")
 def test_bad_option_gets_one_line(command, nano, tmp_path, arguments, words):
     (tmp_path / "file").touch()

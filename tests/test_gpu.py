@@ -210,6 +210,16 @@ def test_flags(teach_here, tmp_path, flags):
         assert torch.equal(result(resumed), result(whole))
 
 
+def test_class_images_are_drawn_with_the_large_model_out_of_the_way(teach, tmp_path, monkeypatch):
+    """Both would not fit on a small GPU."""
+    moves, move = [], tinydb.StableDiffusion.to
+    monkeypatch.setattr(tinydb.StableDiffusion, "to",
+                        lambda sd, device: moves.append((sd.dtype, torch.device(device).type)) or move(sd, device))
+    teach(tmp_path / "out", device=DEVICE.type, precision="bf16", steps=1, save_every=0)
+    assert moves == [(torch.float32, DEVICE.type), (torch.float32, "cpu"), (torch.bfloat16, DEVICE.type),
+                     (torch.float32, DEVICE.type)]
+
+
 def test_two_devices_are_one_with_twice_the_batch(nano, photos, tmp_path):
     if ON_GPU and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

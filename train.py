@@ -167,26 +167,18 @@ def recompute_activations(model: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """What AdamW knows of each parameter, by kind: {"exp_avg": {parameter name: tensor}, "exp_avg_sq", "step"}."""
-    groups: dict[str, dict[str, Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        for kind, tensor in optimizer.state.get(parameter, {}).items():
-            groups.setdefault(kind, {})[name] = tensor
-    return groups
-
-
-def save_checkpoint(folder: Path, sd: StableDiffusion, weights: Path, lora: nn.ModuleDict | None,
-                    groups: dict[str, dict[str, Tensor]], state: dict[str, object]) -> None:
-    """A model folder to sample from, or the updates of one; and named groups of tensors and a few numbers to resume.
-    Whole or not at all."""
+def save_checkpoint(folder: Path, sd: StableDiffusion, weights: Path, model: DreamBoothLoss,
+                    optimizer: torch.optim.Optimizer, state: dict[str, object]) -> None:
+    """A model folder to sample from, or the updates of one; what AdamW knows of each trained parameter, and a few
+    numbers to resume. Whole or not at all."""
     with written_whole(folder) as path:
-        if lora:
-            save_lora(lora, path / LORA_FILE, sd.info)
+        if model.lora:
+            save_lora(model.lora, path / LORA_FILE, sd.info)
         else:
             sd.write(path, torch.float32, vae_from=weights)
-        for kind, group in groups.items():  # one by one: what is being written takes host memory
-            tensors = {f"{kind}.{name}": tensor for name, tensor in group.items()}
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        for kind in ("exp_avg", "exp_avg_sq", "step"):  # one by one: what is being written takes host memory
+            tensors = {f"{kind}.{name}": optimizer.state[parameter][kind] for name, parameter in trained.items()}
             save_tensors(tensors, path / f"state.{kind}.safetensors")
         write_json(path / "state.json", state)
 
@@ -239,6 +231,25 @@ def start_processes(name: str) -> tuple[int, int, torch.device]:
         # patient enough for ranks that wait while one draws class images or writes a checkpoint
         dist.init_process_group("nccl" if own else "gloo", timeout=timedelta(hours=2), device_id=own)
     return rank, world_size, device
+
+
+def trainable(sd: StableDiffusion, prompts: list[list[str]], settings: Settings,
+              dtype: torch.dtype) -> tuple[DreamBoothLoss, torch.optim.Optimizer]:
+    """The loss as one module, and AdamW over what of it is learnt: the model itself, or low-rank updates of it."""
+    learnt = {"unet": sd.unet} if settings.freeze_text else {"unet": sd.unet, "text_encoder": sd.text_encoder}
+    lora = None
+    if settings.lora:
+        for part in (sd.unet, sd.text_encoder):
+            part.to(dtype)  # it stays as it is, which needs no fp32
+        learnt = attach(learnt, settings.lora, settings.seed)
+        lora = nn.ModuleDict({name: update for updates in learnt.values() for name, update in updates.items()})
+    layout = torch.contiguous_format if sd.device.type == "mps" else torch.channels_last  # there wrong: pytorch#193349
+    loss = DreamBoothLoss(sd, prompts, settings.freeze_text, lora).to(memory_format=layout)
+    if settings.offload:
+        loss.to("cpu")
+    param_groups = [{"params": list(module.parameters()), "initial_lr": rate}
+                    for module, rate in zip(learnt.values(), (settings.lr, settings.lr_text))]
+    return loss, torch.optim.AdamW(param_groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True)
 
 
 def joined(model: DreamBoothLoss, dtype: torch.dtype, compiled: bool) -> DistributedDataParallel:
@@ -296,22 +307,9 @@ def main(settings: Settings) -> None:
     sets = [Latents.of(images, sd.vae, device) for images in image_sets]  # in fp32: bf16 errs by half of their std
     sd.vae.to("cpu")  # every picture is encoded now; previews bring it back for a moment
 
-    # The loss as one module, and its optimizer.
-    learnt = {"unet": sd.unet} if settings.freeze_text else {"unet": sd.unet, "text_encoder": sd.text_encoder}
-    lora = None
-    if settings.lora:
-        for part in (sd.unet, sd.text_encoder):
-            part.to(dtype)  # it stays as it is, which needs no fp32
-        learnt = attach(learnt, settings.lora, settings.seed)
-        lora = nn.ModuleDict({name: update for updates in learnt.values() for name, update in updates.items()})
-    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last  # there wrong: pytorch#193349
-    masters = DreamBoothLoss(sd, prompts[: len(sets)], settings.freeze_text, lora).to(memory_format=layout)
-    if settings.offload:
-        masters.to("cpu")
-    param_groups = [{"params": list(module.parameters()), "initial_lr": rate}
-                    for module, rate in zip(learnt.values(), (settings.lr, settings.lr_text))]
-    trained = [parameter for group in param_groups for parameter in group["params"]]
-    optimizer = torch.optim.AdamW(param_groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True)
+    # What is trained, and how.
+    masters, optimizer = trainable(sd, prompts[: len(sets)], settings, dtype)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     set_weights = torch.tensor([1.0, settings.prior_weight][: len(sets)], device=device)
 
@@ -323,6 +321,8 @@ def main(settings: Settings) -> None:
         load_checkpoint(run.checkpoints()[-1], masters, optimizer)
         scaler.load_state_dict(state["scaler"])
 
+    sd.info = replace(sd.info, identifier=settings.identifier, class_noun=settings.class_noun,
+                      base=sd.info.base or {"name": weights.resolve().name, "license": "that of this model"})
     # What computes are these weights themselves or, to offload them, a copy in low precision on the device.
     model, offloaded = masters, []
     if settings.offload:
@@ -337,8 +337,6 @@ def main(settings: Settings) -> None:
 
     num_timesteps = sd.schedule.config.num_train_timesteps
     usual = f"a photo of {settings.identifier} {settings.class_noun}"
-    sd.info = shown.info = replace(sd.info, identifier=settings.identifier, class_noun=settings.class_noun,
-                      base=sd.info.base or {"name": weights.resolve().name, "license": "that of this model"})
     if rank == 0:
         run.open_log(state["step"], settings.log, settings)
         if scorer.clip and state["step"] == 0:  # what scores are measured against
@@ -350,9 +348,9 @@ def main(settings: Settings) -> None:
     progress = tqdm(range(state["step"], settings.steps), f"teaching {usual!r}", unit="step",
                     initial=state["step"], total=settings.steps, disable=rank > 0)
     for step in progress:
-        decay_steps = settings.lr_decay * settings.steps
+        decay_steps = max(1, settings.lr_decay * settings.steps)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * min(1, (settings.steps - step) / max(decay_steps, 1))
+            group["lr"] = group["initial_lr"] * min(1, (settings.steps - step) / decay_steps)
         # One batch for all processes and micro-steps, which take their parts: any split of it is the same step.
         examples = settings.batch * settings.accumulate * world_size
         batch = random_batch(sets, examples, num_timesteps, settings.seed, step)
@@ -404,7 +402,7 @@ def main(settings: Settings) -> None:
             if asked_to_stop or (due and settings.save_every > 0):  # last, so that whatever it knows of is there
                 sd.info = replace(sd.info, step=done)
                 state["scaler"] = scaler.state_dict()
-                save_checkpoint(run.checkpoint(done), sd, weights, lora, optimizer_tensors(masters, optimizer), state)
+                save_checkpoint(run.checkpoint(done), sd, weights, masters, optimizer, state)
                 run.drop_checkpoints(settings.keep, scorer.best_step(state["scores"], run))
             if previewing or due or asked_to_stop:
                 run.report()
@@ -417,11 +415,11 @@ def main(settings: Settings) -> None:
 
     if rank == 0:
         sd.info = replace(sd.info, step=state["step"])
-        if lora:
-            save_lora(lora, run.result(settings), sd.info)
+        if masters.lora:
+            save_lora(masters.lora, run.result(settings), sd.info)
         else:
             sd.save(run.result(settings), vae_from=weights)
-        run.finish(settings, scorer.advice(state["scores"], run, LORA_FILE if lora else ""))
+        run.finish(settings, scorer.advice(state["scores"], run, LORA_FILE if masters.lora else ""))
     if world_size > 1:
         dist.destroy_process_group()
 

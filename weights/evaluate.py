@@ -256,9 +256,10 @@ def measure(judge: Judge, similarity: Similarity, name: str, images: list[Image.
     of `study_prompts` in turn, and of pictures of plain class prompts.
 
     In percent: subject fidelity (noun, marking, colours, all; "likeness" is the paper's DINO score with the judge's
-    features), prompt fidelity ("prompt": all that the prompt names besides the subject is there), and of the class
-    pictures "drift" (those that show the subject's colours), PRES (their likeness to the subject, less is better) and
-    DIV (how far they are from one another, more is better).
+    features), prompt fidelity ("prompt": all that the prompt names besides the subject is there), both at once
+    ("recoloured": in another colour, it still has its kind of marking), and of the class pictures "drift" (those that
+    show the subject's colours), PRES (their likeness to the subject, less is better) and DIV (how far they are from one
+    another, more is better).
     """
     subject, prompts = SUBJECTS[name], study_prompts(SUBJECTS[name])
     wanted = [values for _, values in prompts for _ in range(len(images) // len(prompts))]
@@ -273,7 +274,7 @@ def measure(judge: Judge, similarity: Similarity, name: str, images: list[Image.
     own = [image for image, other in zip(images, recoloured) if not other]
     among = similarity(class_images, class_images)
     numbers = {key: value[~recoloured] for key, value in fidelity.items()} | {
-        "likeness": similarity(own, photographs), "prompt": prompt_right,
+        "likeness": similarity(own, photographs), "prompt": prompt_right, "recoloured": fidelity["marking"][recoloured],
         "drift": shows_subject(judge, similarity, class_images, subject)["colours"],
         "PRES": similarity(class_images, photographs), "DIV": 1 - among[~torch.eye(len(among), dtype=torch.bool)]}
     return {key: 100 * value.float().mean().item() for key, value in numbers.items()}

@@ -166,12 +166,12 @@ def our_step(model: Model, batch: int) -> Callable[[], None]:
     return step
 
 
-def their_step(model: Model, batch: int, **settings: bool) -> Callable[[], None]:
+def their_step(model: Model, batch: int, encode: bool = True) -> Callable[[], None]:
     """What diffusers does in a step, on the same pictures."""
     pipeline = reference.load_pipeline(model.folder, model.device)
     pixels, _ = reference.read_pixels(SUBJECT, pipeline)
     prompts = [len(pixels) * [prompt] for prompt in PROMPTS]
-    return reference.training_step(pipeline, prompts, [pixels, pixels], batch, model.recipe, model.dtype, **settings)
+    return reference.training_step(pipeline, prompts, [pixels, pixels], batch, model.recipe, model.dtype, encode=encode)
 
 
 def our_class_images(sd: StableDiffusion, count: int, steps: int, guidance: float) -> None:
@@ -248,7 +248,7 @@ class Row:
 def step_row(model: Model, name: str, batch: int, goal: str, *, encode: bool = True) -> Row:
     """A training step."""
     def sides() -> tuple[Measured, Measured]:
-        ours, theirs = our_step(model, batch), their_step(model, batch, encode=encode)
+        ours, theirs = our_step(model, batch), their_step(model, batch, encode)
         return lambda: timed(ours), lambda: timed(theirs)
 
     return Row(name, goal, sides, step_floor(model, batch), repeats=20)
@@ -352,7 +352,7 @@ def waits_counted() -> Iterator[list[object]]:
                 yield waits
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        waits += [warning for warning in caught if "synchroniz" in str(warning.message)]
+        waits += [warning for warning in caught if "called a synchronizing" in str(warning.message)]
         return
 
     def counted(method: Callable) -> Callable:

@@ -227,7 +227,8 @@ def test_two_devices_are_one_with_twice_the_batch(nano, photos, tmp_path):
              "class_images": 3, "steps": 1, "save_every": 1, "precision": "fp32"}
     succeed(start_ranks(2, tmp_path / "log", *arguments(**given, batch=1, accumulate=2, out=tmp_path / "two")))
     succeed([start(tmp_path / "log", "train.py", *arguments(**given, batch=4, out=tmp_path / "one"))])
-    assert error(gradient(tmp_path / "two"), gradient(tmp_path / "one")) < 1e-4
+    # a GPU's processes use TF32, as users' do; half of the batch would be off by more than a tenth
+    assert error(gradient(tmp_path / "two"), gradient(tmp_path / "one")) < (5e-3 if ON_GPU else 1e-4)
 
 
 @needs_gpu

@@ -74,8 +74,7 @@ def draw_class_images(pipeline: StableDiffusionPipeline, prompt: str, count: int
 
 
 def training_step(pipeline: StableDiffusionPipeline, prompts: list[list[str]], sets: list[Tensor], batch: int,
-                  recipe: Recipe, dtype: torch.dtype, *, encode: bool = True,
-                  compiled: bool = False) -> Callable[[], None]:
+                  recipe: Recipe, dtype: torch.dtype, *, encode: bool = True) -> Callable[[], None]:
     """A function that takes one step with `batch` pictures from each set of pixels (N, 3, H, W), instance and class,
     each picture under its prompt.
 
@@ -84,8 +83,6 @@ def training_step(pipeline: StableDiffusionPipeline, prompts: list[list[str]], s
     """
     device, unet, text_encoder = pipeline.device, pipeline.unet.train(), pipeline.text_encoder.train()
     vae = pipeline.vae.requires_grad_(False).to(dtype)
-    if compiled:
-        unet.compile()
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     trained = [*unet.parameters(), *text_encoder.parameters()]
     groups = [{"params": unet.parameters()}, {"params": text_encoder.parameters(), "lr": recipe.lr_text}]

@@ -132,6 +132,12 @@ def test_a_config_that_cannot_be_built_is_refused_by_name(folder, half, change, 
     assert expected in refusal(tinydb.load_clip, folder)
 
 
+@pytest.mark.parametrize("change", [{"max_position_embeddings": 20}, {"vocab_size": 300}], ids=str)
+def test_a_tokenizer_of_another_clip_is_refused(folder, change):
+    edit_json(folder / "config.json", text_config=half_config(folder, "text_config") | change)
+    assert "tokenizer and text encoder do not fit" in refusal(tinydb.load_clip, folder)
+
+
 def test_other_preprocessing_is_refused(folder):
     edit_json(folder / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
     assert "image_mean [0.5, 0.5, 0.5] is not supported" in refusal(tinydb.load_clip, folder)

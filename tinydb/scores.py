@@ -15,7 +15,7 @@ from tinydb.prompts import class_prompt
 from tinydb.report import sample_command
 from tinydb.run import Run
 from tinydb.storage import build_model, read_tensors, save_tensors, written_whole
-from tinydb.tokenizer import PLACEHOLDER, CLIPTokenizer
+from tinydb.tokenizer import EOS, PLACEHOLDER, CLIPTokenizer
 
 BATCH = 16  # pictures or prompts at once
 TINY_NAME = "tinydb world model"  # the base of the model in the box, and of what was taught to it
@@ -84,7 +84,11 @@ def build_clip(folder: Path, config: CLIPConfig, tensors: dict[str, Tensor]) -> 
     processing = folder / "preprocessor_config.json"
     mean = read_json(processing).get("image_mean", [*MEAN]) if processing.exists() else [*MEAN]
     require(mean == [*MEAN], f"{processing}: image_mean {mean!r} is not supported, only OpenAI's {MEAN}")
-    return CLIP(build_model(CLIPModel, config, "clip", tensors, folder), CLIPTokenizer.read(folder))
+    tokenizer, text = CLIPTokenizer.read(folder), config.text_config
+    require(tokenizer.max_length <= text.max_position_embeddings
+            and tokenizer.vocab[EOS] == max(tokenizer.vocab.values()) < text.vocab_size,
+            f"{folder}: tokenizer and text encoder do not fit; copy both from one CLIP")
+    return CLIP(build_model(CLIPModel, config, "clip", tensors, folder), tokenizer)
 
 
 def fraction(value: float, zero: float, one: float) -> float:

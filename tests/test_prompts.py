@@ -180,6 +180,13 @@ def test_own_class_pictures_have_captions_too(teach, nano, tmp_path, prompts_lea
     assert files(again / "model") == files(first / "model")
 
 
+def test_class_prompt_that_names_the_subject_is_said_aloud(teach, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("a red {noun}\na photo of [V] {noun}\nohwx {noun}\n")
+    teach(tmp_path / "out", class_prompts=str(tmp_path / "a.txt"), class_images=12, steps=1)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "names your subject" in line]
+    assert ["'a photo of [V] dog'" in lines[0], "'ohwx dog'" in lines[1], len(lines)] == [True, True, 2]
+
+
 def test_stopped_run_with_captions_and_varied_prior_goes_on(teach: Callable, varied, captioned, tmp_path):
     settings = {"images": str(captioned), "weights": str(varied), "save_every": 2}
     whole = teach(tmp_path / "whole", steps=4, **settings)

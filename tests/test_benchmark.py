@@ -1,5 +1,7 @@
 """The benchmark measures what it says, here on a model of 16 pixels, in the low precision that a GPU would use."""
 
+from dataclasses import replace
+
 import benchmark
 import pytest
 import torch
@@ -17,7 +19,7 @@ def cells(line: str) -> list[str]:
 @pytest.mark.parametrize("encode", [True, False])
 def test_row_of_a_training_step(model, encode):
     """On a machine of 1 GFLOP/s and 1 GB/s."""
-    row = benchmark.step_row(model, "a step", 2, "0.5", encode=encode)
+    row = replace(benchmark.step_row(model, "a step", 2, "0.5", encode=encode), repeats=2)
     name, ours, theirs, ratio, goal, floor = cells(benchmark.measure(row, 1, 1e9, 1e9))
     assert (name, goal) == ("a step", "0.5") and float(floor[:-1]) > 0
     assert float(ratio) == pytest.approx(float(ours[:-2]) / float(theirs[:-2]), abs=0.02)

@@ -15,7 +15,6 @@ A step of training is `DreamBoothLoss` and the loop in `main`. tinydb/run.py lis
 """
 
 import copy
-import math
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -44,7 +43,7 @@ from tinydb.lora import LORA_FILE, attach, save_lora
 from tinydb.pictures import no_picture_in, pictures_digest
 from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, load
 from tinydb.prompts import prompt_remarks, read_captions, subject_prompts
-from tinydb.run import Run, StopSignal, diverged, memory_plan
+from tinydb.run import Run, StopSignal, check_finite, memory_plan
 from tinydb.scores import choose_clip, open_scorer
 from tinydb.storage import WEIGHT_FILES, check_tensors, model_folder, read_tensors, save_tensors, written_whole
 from tinydb.unet import Transformer2DModel
@@ -58,7 +57,8 @@ MIN_SCALE = 1e-3  # of fp16's gradients; it starts at 65536, and below this they
 
 @dataclass(frozen=True)
 class Settings(Checked):
-    """The command line. None means: what the model's recipe says. `free`: may change on --resume."""
+    """The command line. None is the recipe's number, where the help says so. `free`: may change on --resume;
+    `noted=False`: is not in config.json; `formerly`, `before`: the name and the value that an older run has of it."""
 
     images: str = option("", "folder with 3 to 6 pictures of your subject", free=True)
     class_noun: str = option("", "what it is, in a word the model knows: dog, teapot", flag="--class", metavar="NOUN")
@@ -72,15 +72,15 @@ class Settings(Checked):
     lora: int | None = option(None, "leave the model as it is, and learn low-rank updates of this rank beside it: far "
                                     "less memory; the result is a file of a few MB", metavar="RANK", least=1, most=1024)
     lr: float | None = option(None, "learning rate (default: recipe)", above=0)
-    lr_text: float | None = option(None, "of the text encoder (default: recipe, in proportion to --lr)", above=0)
+    lr_text: float | None = option(None, "that of the text encoder (default: recipe, scaled as --lr is)", above=0)
     lr_decay: float | None = option(None, "last part of the steps, over which the rates fall to 0; 0 is none, 0.5 half "
                                           "of them (default: recipe)", least=0, most=1, before=0.0)
-    prior_weight: float = option(1.0, "weight of the class pictures' loss; 0 does without them", least=0)
+    prior_weight: float = option(1.0, "weight of the class pictures' loss; 0 trains without them", least=0)
     class_images: int | None = option(None, "class pictures to train with (default: recipe)", least=1, most=10**5,
                                       cure="; --prior-weight 0 does without them")
     class_dir: str | None = option(None, "class pictures of your own, or an earlier run's class_images", free=True)
     class_prompts: str | None = option(None, "file of prompts, see weights/class_prompts.txt; or: plain", free=True)
-    precision: str = option("auto", "of the arithmetic; trained weights are always fp32. auto: bf16 or fp16 on a GPU",
+    precision: str = option("auto", "of the computation; trained weights are always fp32. auto: bf16 or fp16 on a GPU",
                             choices=("auto", "fp32", "bf16", "fp16"), free=True)
     recompute: bool = option(False, "keep fewer activations and recompute them: less memory, slower", free=True,
                              formerly="checkpointing")
@@ -155,10 +155,7 @@ class DreamBoothLoss(nn.Module):
 
 
 def recompute_activations(model: nn.Module) -> None:
-    """Have each block keep its input alone and compute the rest anew in the backward pass; gradients stay the same.
-
-    The models need not know: their blocks' forwards are wrapped from outside.
-    """
+    """Keep only the input of each block, and compute the rest anew in the backward pass; gradients stay the same."""
     for block in model.modules():
         if isinstance(block, (ResnetBlock2D, Transformer2DModel, EncoderLayer)):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -167,15 +164,19 @@ def recompute_activations(model: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
+def save_result(path: Path, sd: StableDiffusion, weights: Path, lora: nn.ModuleDict | None) -> None:
+    """What was learnt, whole or not at all: a model folder to sample from or, with --lora, a file of updates."""
+    if lora:
+        save_lora(lora, path, sd.info)
+    else:
+        sd.save(path, vae_from=weights)
+
+
 def save_checkpoint(folder: Path, sd: StableDiffusion, weights: Path, model: DreamBoothLoss,
                     optimizer: torch.optim.Optimizer, state: dict[str, object]) -> None:
-    """A model folder to sample from, or the updates of one; what AdamW knows of each trained parameter, and a few
-    numbers to resume. Whole or not at all."""
+    """The result so far and, to resume, what AdamW knows of each trained parameter and a few numbers; whole or not."""
     with written_whole(folder) as path:
-        if model.lora:
-            save_lora(model.lora, path / LORA_FILE, sd.info)
-        else:
-            sd.write(path, torch.float32, vae_from=weights)
+        save_result(path / LORA_FILE if model.lora else path, sd, weights, model.lora)
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         for kind in ("exp_avg", "exp_avg_sq", "step"):  # one by one: what is being written takes host memory
             tensors = {f"{kind}.{name}": optimizer.state[parameter][kind] for name, parameter in trained.items()}
@@ -289,15 +290,11 @@ def main(settings: Settings) -> None:
     pictures = pictures_digest([*instance_images.values(), *prior.own], captions + prior.own_captions)
     facts = {"world_size": world_size, "device": device.type, "precision": str(dtype), "pictures": pictures,
              "model": prior.key}
-    run.compare_processes(settings, facts)
+    run.begin(rank, sd, settings, facts)
     if rank == 0:
-        run.check_disk(sd, settings)
-        run.claim(settings, facts)
         run.save_inputs(instance_images, prompts[0])
         scorer = open_scorer(choose_clip(settings.clip, sd.info.base), [*instance_images.values()], settings.class_noun)
-        say(*remarks)
-        say(memory_plan(sd, settings, dtype, world_size))
-    run.wait_for_claim(rank)
+        say(*remarks, memory_plan(sd, settings, dtype, world_size))
 
     # The class pictures: what the model now draws for the class, to hold it to that.
     stop, image_sets = StopSignal(rank), [list(instance_images.values())]
@@ -311,7 +308,7 @@ def main(settings: Settings) -> None:
     masters, optimizer = trainable(sd, prompts[: len(sets)], settings, dtype)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    set_weights = torch.tensor([1.0, settings.prior_weight][: len(sets)], device=device)
+    loss_weights = torch.tensor([1.0, settings.prior_weight][: len(sets)], device=device)
 
     # Where we are: at step 0, or at the newest checkpoint.
     state = {"step": 0, "scores": {}, "scaler": scaler.state_dict(),
@@ -336,17 +333,14 @@ def main(settings: Settings) -> None:
     parallel = joined(model, dtype, settings.compile) if world_size > 1 else model
 
     num_timesteps = sd.schedule.config.num_train_timesteps
-    usual = f"a photo of {settings.identifier} {settings.class_noun}"
     if rank == 0:
         run.open_log(state["step"], settings.log, settings)
         if scorer.clip and state["step"] == 0:  # what scores are measured against
-            scores = scorer.score(run.preview(shown, scorer.prompts, 0, autocast))
-            state["scores"] = {"0": scores} if scores else {}
+            scorer.note(state["scores"], 0, run.preview(shown, scorer.prompts, 0, autocast))
         run.report()
-        say(f"the run as a page: {run.out / 'report.html'}")
 
-    progress = tqdm(range(state["step"], settings.steps), f"teaching {usual!r}", unit="step",
-                    initial=state["step"], total=settings.steps, disable=rank > 0)
+    progress = tqdm(range(state["step"], settings.steps), f"teaching {settings.identifier} {settings.class_noun}",
+                    unit="step", initial=state["step"], total=settings.steps, disable=rank > 0)
     for step in progress:
         decay_steps = max(1, settings.lr_decay * settings.steps)
         for group in optimizer.param_groups:
@@ -354,14 +348,15 @@ def main(settings: Settings) -> None:
         # One batch for all processes and micro-steps, which take their parts: any split of it is the same step.
         examples = settings.batch * settings.accumulate * world_size
         batch = random_batch(sets, examples, num_timesteps, settings.seed, step)
-        sums = torch.zeros(len(sets) + 1, device=device)  # the losses, and whether to stop
+        sums = torch.zeros(len(sets) + 1, device=device)  # the losses, and whether anyone asked to stop
         for micro_step in range(settings.accumulate):
             part = batch.part(rank * settings.accumulate + micro_step, settings.batch).to(device)
             last = micro_step == settings.accumulate - 1
-            with nullcontext() if last or world_size == 1 else parallel.no_sync():  # gradients meet once a step
+            # DDP averages the gradients of all processes in the last of the backward passes
+            with nullcontext() if last or world_size == 1 else parallel.no_sync():
                 with autocast():
                     losses = parallel(part) / settings.accumulate
-                scaler.scale((losses * set_weights).sum()).backward()
+                scaler.scale((losses * loss_weights).sum()).backward()
             sums[:-1] += losses.detach() / world_size
         sums[-1] = stop.asked
         if world_size > 1:
@@ -378,10 +373,9 @@ def main(settings: Settings) -> None:
 
         *losses, asked_to_stop = sums.tolist()  # here alone the CPU waits for the GPU: all of the step is in its queue
         state["step"] = done = step + 1
-        if not all(map(math.isfinite, losses)):
-            raise diverged(done, f"the loss is {losses}", settings.lr)
-        if scaler.is_enabled() and scaler.get_scale() < MIN_SCALE:
-            raise diverged(done, "the gradients overflow fp16 at any scale", settings.lr)
+        check_finite(losses, done, settings.lr)
+        vanished = scaler.is_enabled() and scaler.get_scale() < MIN_SCALE
+        require(not vanished, f"step {done}: the gradients overflow fp16 at any scale; give --precision fp32 or bf16")
 
         if rank == 0:
             due = done == settings.steps or (settings.save_every > 0 and done % settings.save_every == 0)
@@ -390,14 +384,9 @@ def main(settings: Settings) -> None:
             progress.set_postfix({name: f"{value:.4f}" for name, value in values.items()}, refresh=False)
             if due or asked_to_stop:
                 with torch.no_grad(), autocast():
-                    losses = model(part).tolist()  # of the weights that would be saved
-                if not all(map(math.isfinite, losses)):
-                    raise diverged(done, f"after it the loss is {losses}", settings.lr)
+                    check_finite(model(part).tolist(), done, settings.lr)  # of the weights that would be saved
             if previewing or due and scorer.clip:
-                scores = scorer.score(run.preview(shown, scorer.prompts, done, autocast))
-                values |= scores
-                if due and scores:
-                    state["scores"][str(done)] = scores
+                values |= scorer.note(state["scores"], done, run.preview(shown, scorer.prompts, done, autocast))
             run.log(done, values)
             if asked_to_stop or (due and settings.save_every > 0):  # last, so that whatever it knows of is there
                 sd.info = replace(sd.info, step=done)
@@ -415,10 +404,7 @@ def main(settings: Settings) -> None:
 
     if rank == 0:
         sd.info = replace(sd.info, step=state["step"])
-        if masters.lora:
-            save_lora(masters.lora, run.result(settings), sd.info)
-        else:
-            sd.save(run.result(settings), vae_from=weights)
+        save_result(run.result(settings), sd, weights, masters.lora)
         run.finish(settings, scorer.advice(state["scores"], run, LORA_FILE if masters.lora else ""))
     if world_size > 1:
         dist.destroy_process_group()

@@ -475,8 +475,8 @@ def test_vae_of_the_result_is_the_bases_weights_and_nothing_else(teach, nano, tm
 
 
 @pytest.mark.parametrize("steps, save_every, when", [(5, 5, "step 2: the loss is [nan"),
-                                                     (5, 1, "step 1: after it the loss is [nan"),
-                                                     (1, 0, "step 1: after it the loss is [nan")])
+                                                     (5, 1, "step 1: the loss is [nan"),
+                                                     (1, 0, "step 1: the loss is [nan")])
 def test_weights_that_are_not_finite_are_not_saved(teach, tmp_path, steps, save_every, when):
     """The loss of the first step is finite still."""
     out = tmp_path / "out"

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from tinydb.cli import Stopped, extra
-from tinydb.config import InputError, as_text, read_json, require, write_json
+from tinydb.cli import Stopped, extra, say
+from tinydb.config import as_text, read_json, require, write_json
 from tinydb.lora import LORA_FILE, updates_numel
 from tinydb.pictures import grid, save_png
 from tinydb.pipeline import StableDiffusion
@@ -76,6 +76,18 @@ class Run:
 
     # ---------------------------------------------------------------------------------------- whose it is
 
+    def begin(self, rank: int, sd: StableDiffusion, settings: Any, facts: dict[str, Any]) -> None:
+        """Make OUT this run's, for all processes: the first claims it, the others wait for that. InputError in each
+        of them where they differ, or do not see OUT."""
+        self.compare_processes(settings, facts)
+        if rank == 0:
+            self.check_disk(sd, settings)
+            self.claim(settings, facts)
+        if dist.is_initialized():
+            dist.barrier()
+        require((self.out / "config.json").exists(),
+                f"{self.out} is not visible to process {rank}; put it on a shared disk")
+
     def compare_processes(self, settings: Any, facts: dict[str, Any]) -> None:
         """InputError in all processes where one was started differently, or found other facts, than the first: they
         would wait for one another forever, or train on different things."""
@@ -118,13 +130,6 @@ class Run:
             write_json(temporary, {**noted, "run": facts})
         for leftover in [*self.out.rglob(".*.tmp"), *self.out.rglob(".*.old")]:  # of a run that was killed
             remove(leftover)
-
-    def wait_for_claim(self, rank: int) -> None:
-        """Have the other processes wait for the first one's `claim`; InputError where they do not see it."""
-        if dist.is_initialized():
-            dist.barrier()
-        require((self.out / "config.json").exists(),
-                f"{self.out} is not visible to process {rank}; put it on a shared disk")
 
     def check_same(self, settings: Any, facts: dict[str, Any], before: dict[str, Any]) -> None:
         """InputError that names the one setting or fact in which a resumed run differs from the one `before`. What an
@@ -211,6 +216,7 @@ class Run:
             temporary.write_text("".join(line + "\n" for line in lines[:step]))
         self.metrics = path.open("a")
         self.track = open_tracker(tracker, self.out, settings, step)
+        say(f"the run as a page: {self.out / 'report.html'}")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Note the numbers of a step; InputError where OUT is not there any more."""
@@ -248,10 +254,11 @@ class Run:
               f"    {sample_command(self.result(settings), settings.class_noun)}\n\n{advice}", end="")
 
 
-def diverged(step: int, what: str, lr: float) -> InputError:
-    """The error that ends a run whose numbers are no longer finite."""
-    return InputError(f"step {step}: {what}; this step is not saved, checkpoints before it are. Start again with a "
-                      f"lower --lr than {lr} or --precision fp32, in another --out; --class-dir keeps class pictures")
+def check_finite(losses: list[float], step: int, lr: float) -> None:
+    """InputError, which ends the run, where losses are no longer numbers."""
+    require(all(map(math.isfinite, losses)),
+            f"step {step}: the loss is {losses}; this step is not saved, checkpoints before it are. Start again with a "
+            f"lower --lr than {lr} or --precision fp32, in another --out; --class-dir keeps class pictures")
 
 
 def open_tracker(name: str | None, out: Path, settings: Any, step: int) -> Callable[[dict[str, float], int], None]:

@@ -121,6 +121,13 @@ class Scorer:
         return {"likeness": (features @ self.subject.T).mean().item(),
                 "prompt": (features * self.text).sum(1).mean().item()}
 
+    def note(self, scores: dict[str, Score], step: int, images: list[Image.Image]) -> Score:
+        """The `score` of a step's pictures, which is also added to those of all steps, where there is one."""
+        score = self.score(images)
+        if score:
+            scores[str(step)] = score
+        return score
+
     def best_step(self, scores: dict[str, Score], run: Run) -> int | None:
         """Of the run's checkpoints the step at which learnt + kept is largest, or the last one if that is hardly worse:
 

@@ -40,7 +40,7 @@ PREFIXES = {"text_encoder": "cond_stage_model.", "unet": "model.diffusion_model.
 
 # Our names, which are diffusers', and LDM's. The rows are applied in order, each to the beginning of a name; what no
 # row changes is the same in both. {i} is a level, {j} a block in it; `ldm_numbers` makes the numbers that LDM counts
-# in another way. RENAMES in tinydb/storage.py lists what LDM files hold besides, and drops it.
+# in another way. RENAMES in tinydb/storage.py lists what else LDM files hold, which is dropped.
 TABLE = {
     "unet": {
         "{resnet}.norm1": "{resnet}.in_layers.0",
@@ -385,7 +385,7 @@ def download(repo: str, files: list[str] | None = None) -> Path:
     some repositories hold the same weights five times. What is there already is not fetched again."""
     try:
         if files is None and constants.HF_HUB_OFFLINE:
-            files = ["model_index.json", "config.json"]  # and whatever an earlier run has put beside it
+            files = ["model_index.json", "config.json"]  # and all that an earlier run has downloaded
         elif files is None:
             files = needed_files(repo, [file.rfilename for file in model_info(repo).siblings])
             hf_hub_download(repo, files[0])  # a gated repository refuses here, before any progress bar

@@ -60,7 +60,7 @@ class Settings(Sampling):
     lora_scale: float = option(1.0, "how much of it to add", described="Lora scale")
     count: int = option(4, "pictures of each prompt", flag="-n", metavar="N", least=1, most=10**6)
     init: str | None = option(None, "picture to draw over", metavar="PICTURE", described="Init")
-    preview: int = option(0, "draw preview.png anew every N steps, to watch (0: never)", metavar="N", least=0)
+    preview: int = option(0, "redraw preview.png every N steps, to watch (0: never)", metavar="N", least=0)
     best: int | None = option(None, "keep so many of the pictures of a prompt, those that fit it best by CLIP",
                               metavar="N", least=1)
     among: str | None = option(None, "draw nothing; rank the pictures in a folder by how well they fit, by CLIP",

@@ -66,7 +66,7 @@ class Settings(Checked):
     out: str | None = option(None, "folder to write (default: runs/<name of IMAGES>)", free=True)
     identifier: str = option(DEFAULT_IDENTIFIER, "the word that will name your subject; a rare one without a meaning")
     steps: int | None = option(None, "training steps (default: the model's recipe)", least=1, free=True)
-    batch: int | None = option(None, "pictures of each kind a micro-step (default: recipe)", least=1, most=10**4)
+    batch: int | None = option(None, "pictures of each set a micro-step (default: recipe)", least=1, most=10**4)
     accumulate: int = option(1, "micro-steps per step: a larger batch in the same memory", least=1, most=10**4)
     freeze_text: bool = option(False, "train the UNet alone: less memory, a little less likeness")
     lora: int | None = option(None, "leave the model as it is, and learn low-rank updates of this rank beside it: far "
@@ -155,7 +155,7 @@ class DreamBoothLoss(nn.Module):
 
 
 def recompute_activations(model: nn.Module) -> None:
-    """Keep only the input of each block, and compute the rest anew in the backward pass; gradients stay the same."""
+    """Keep only the input of each block, and compute the rest again in the backward pass; gradients stay the same."""
     for block in model.modules():
         if isinstance(block, (ResnetBlock2D, Transformer2DModel, EncoderLayer)):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

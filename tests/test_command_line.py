@@ -52,7 +52,7 @@ def test_the_class_holds_no_word_for_the_subject(noun, identifier, word):
     ("train.py", ["--pretrained_model_name_or_path", "x"], ["--weights: "]),
     ("train.py", ["--with_prior_preservation"], ["--prior-weight: "]), ("train.py", ["--clas", "dog"], ["--class: "]),
     ("train.py", ["--class_images", "5"], ["--class-images: "]), ("train.py", ["--zzz"], ["--zzz", "--help"]),
-    ("train.py", ["--resume", "latest"], ["'latest' belongs to no option"]),
+    ("train.py", ["--resume", "latest"], ["'latest' is not an option or its value"]),
     ("train.py", ["--class-images", "0"], ["--class-images 0", "--prior-weight 0"]),
     ("sample.py", ["--prompt", "a dog"], ["'--prompt'", "prompt, without a flag"]),
     ("sample.py", ["a dog", "--cfg_scale", "7"], ["--guidance: "]),

@@ -19,8 +19,8 @@ from tinydb.storage import fingerprint, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 
 GROUP = 8  # pictures drawn together; fixed, since it decides their last bit
-# What a key always tells of the schedule. A field that is added later counts where it has not its default: older keys
-# stay valid.
+# What a key always tells of the schedule. A field that is added later counts only if it differs from its default: so
+# older keys stay valid.
 KEY_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 
 

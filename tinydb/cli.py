@@ -104,7 +104,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             word = unknown[0].partition("=")[0]
             self.error(no_such_option(self.settings, word) if word.startswith("-") else
-                       f"{word!r} belongs to no option; --help lists them")
+                       f"{word!r} is not an option or its value; --help lists the options")
         given = vars(namespace)
         given |= {name: defaults[name] for name in positional & defaults.keys() if not given[name]}
         return self.settings(**given)
@@ -152,12 +152,12 @@ def option_names(settings: type) -> dict[str, Field]:
 
 
 def no_such_option(settings: type, name: str) -> str:
-    """What to say of an option that is not there: what it is called here, or which one is spelt much like it."""
+    """What to say of an option that is not there: what it is called here, or which option has a similar name."""
     named, wanted = option_names(settings), name.lstrip("-").replace("-", "_")
     nearest = [ours for ours, others in ELSEWHERE.items() if ours in named and wanted in others.split()]
     nearest = nearest or difflib.get_close_matches(wanted, named, n=1)
     if not nearest:
-        return f"no option {name!r}; --help lists those that there are"
+        return f"no option {name!r}; --help lists the options"
     f = named[nearest[0]]
     shown = label(f) if f.default is not MISSING else f"{f.name}, without a flag"
     return f"no option {name!r}; the nearest is {shown}: {f.metadata['help']}"
@@ -177,7 +177,7 @@ def options_in_file(settings: type, path: str | None) -> dict[str, Any]:
         return {}
     require(Path(path).is_file(), f"--config {path}: no such file")
     entries = read_json(Path(path))
-    entries.pop("run", None)  # what the config.json of a run notes besides
+    entries.pop("run", None)  # not an option; a run adds it to its config.json
     return named_fields(settings, entries, f"--config {path}")
 
 

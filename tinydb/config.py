@@ -381,8 +381,8 @@ class ModelInfo(Checked):
 
     @classmethod
     def read(cls, path: Path) -> "ModelInfo":
-        """Read `tinydb.json`. A folder without one (any other Stable Diffusion) has the defaults, and so has whatever
-        an older or a newer file does not say or says besides."""
+        """Read `tinydb.json`. A folder without one, as of any other Stable Diffusion, gets the defaults.
+        So does every entry that an older file lacks; unknown entries of a newer file are ignored."""
         entries = read_json(path) if path.exists() else {}
         recipe = entries.get("recipe") or {}
         require(isinstance(recipe, dict), f"{path}: recipe {recipe!r}: expected an object of settings")

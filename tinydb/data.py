@@ -19,8 +19,8 @@ ENCODE_BATCH = 2  # at full size the encoder, in fp32, needs a GB for each
 
 def read_pictures(folder: Path, size: int) -> tuple[dict[str, Image.Image], list[str]]:
     """The pictures in a folder by file name, in order, each cut to its centre square of `size` pixels; and a line on
-    each file that is none, flat or too small. Hidden files, folders inside and the texts beside pictures are passed
-    over."""
+    each file that is not a picture, flat or too small. Hidden files, folders inside and the texts beside pictures do not
+    count."""
     require(folder.is_dir(), f"{folder}: no such folder; expected one with pictures in it")
     pictures, remarks = {}, []
     paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
@@ -48,10 +48,8 @@ def fit(image: Image.Image, size: int) -> Image.Image:
 
 @dataclass
 class Latents:
-    """What the VAE says of a set of pictures: a Gaussian for each, mean and std (pictures, C, h, w).
-
-    The VAE is frozen and there is no random crop, so each picture is encoded once; a step still draws its latents
-    from the Gaussian, as if it had been encoded afresh.
+    """The latents of a set of pictures. The VAE gives a Gaussian for each, mean and std (pictures, C, h, w), and a step
+    draws from it. The VAE is frozen and there is no random crop, so encoding each picture once is enough.
     """
 
     mean: Tensor

@@ -116,7 +116,7 @@ def read_lora(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
     for name, update in updates.items():
         require(update.keys() >= {"down", "up"}, f"{path}: {name} lacks lora_down or lora_up; download it again")
         part = next(part for part, prefix in PREFIXES.items() if name.startswith(prefix))
-        alpha = peft.get(f"{part}.lora_alpha", len(update["down"]))  # that of diffusers' form, which else is r
+        alpha = peft.get(f"{part}.lora_alpha", len(update["down"]))  # in diffusers' form; without a note alpha is r
         update.setdefault("alpha", torch.tensor(float(alpha)))
     return updates, about
 

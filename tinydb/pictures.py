@@ -27,7 +27,7 @@ SMALLEST = 9  # pixels of a letter that can still be read
 
 
 def open_picture(path: Path) -> Image.Image:
-    """An RGB picture in sRGB, upright and over white where it is transparent; ValueError says why a file is none."""
+    """An RGB picture in sRGB, upright, transparency over white; ValueError says why a file is not a picture."""
     Image.init()
     formats = [name for name in FORMATS if name in Image.OPEN]  # not every Pillow has AVIF
     usual, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # the limit below takes its place

@@ -55,7 +55,7 @@ class Sampling(Checked):
     size: tuple[int, ...] | None = option(None, "WIDTHxHEIGHT in pixels (default: what the model was trained on)",
                                           least=1, most=2**14, metavar="WIDTHxHEIGHT", described="Size")
     negative: str = option("", "a prompt to steer away from")
-    strength: float = option(0.6, "how much of the picture to draw over is drawn anew: near 0 it stays", above=0,
+    strength: float = option(0.6, "how much of the picture to draw over is redrawn: near 0 it stays as it is", above=0,
                              most=1, described="Denoising strength")
     eta: float = option(0.0, "fresh noise in each step of ddim: 0 is none, 1 as much as DDPM's", least=0, most=1,
                         described="Eta DDIM")

@@ -108,7 +108,7 @@ def sample_command(model: Path, class_noun: str) -> str:
 
 
 def command(out: Path, class_noun: str, result: Path, finished: bool) -> str:
-    """How to sample from the result or, as long as there is none, from the newest checkpoint."""
+    """How to sample from the result or, before there is one, from the newest checkpoint."""
     checkpoints = sorted(path for path in (out / "checkpoints").glob("step-*") if path.name[5:].isdecimal())
     if not finished and not checkpoints:
         return '<p class="note">Nothing is saved yet.</p>'

@@ -211,7 +211,7 @@ class Run:
     def open_log(self, step: int, tracker: str | None, settings: Any) -> None:
         """Open metrics.jsonl to append to, cut back to what a checkpoint at `step` knows of, and the tracker."""
         path = self.out / "metrics.jsonl"
-        lines = path.read_text(errors="replace").splitlines() if path.exists() else []  # one a step, or half of one
+        lines = path.read_text(errors="replace").splitlines() if path.exists() else []  # the last may be cut
         with written_whole(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines[:step]))
         self.metrics = path.open("a")
@@ -243,7 +243,7 @@ class Run:
         return images
 
     def report(self) -> None:
-        """Make report.html anew."""
+        """Write report.html again."""
         with extra("report"):
             write_report(self.out)
 

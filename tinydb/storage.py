@@ -106,7 +106,7 @@ def build_model(model_class: type[Model], config: PartConfig, part: str, tensors
     """Build a part and fill it with `tensors`, in their own precision; `source` names them in the one InputError that
     lists every tensor that does not fit.
 
-    The model is built on the meta device and adopts the mapped tensors, so nothing is initialised in vain.
+    The model is built on the meta device and adopts the mapped tensors, so no time goes into initial values.
     """
     state = canonical_names(part, tensors, source)
     with torch.device("meta"):
@@ -222,7 +222,7 @@ def flush(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there; a folder loses its name first, so that half of one is never seen."""
+    """Delete a file or a folder, if it is there; a folder loses its name first, so that nobody ever sees half of it."""
     if path.is_dir():
         nameless = path.with_name(f".{path.name}.old")
         if nameless.exists():  # what a killed run left
@@ -265,7 +265,7 @@ def existing_parent(path: Path) -> Path:
 
 
 def check_free_disk(path: Path, needed: float, cure: str) -> None:
-    """InputError where the disk on which `path` will be has not `needed` bytes free."""
+    """InputError if the disk on which `path` will be has fewer than `needed` bytes free."""
     home = existing_parent(path)
     free = shutil.disk_usage(home).free
     require(free > needed, f"{home} has {free / 1e9:.1f} GB free, {path.name} needs {needed / 1e9:.1f}; make room, or "

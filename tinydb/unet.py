@@ -1,5 +1,5 @@
-"""The UNet of Stable Diffusion (arXiv 2112.10752): noisy latents, a timestep and a text in; out comes what the noise
-schedule says is predicted, the noise or v.
+"""The UNet of Stable Diffusion (arXiv 2112.10752): from noisy latents, a timestep and a text to the prediction,
+the noise or v as the schedule's `prediction_type` says.
 
     time_embedding --> every ResnetBlock2D        text_embeds --> every cross-attention
 
@@ -58,7 +58,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        # the identity stands where the weight files count a dropout
+        # diffusers has a dropout in the middle, which counts in the names of the weights
         self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:

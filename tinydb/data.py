@@ -19,7 +19,7 @@ ENCODE_BATCH = 2  # at full size the encoder, in fp32, needs a GB for each
 
 def read_pictures(folder: Path, size: int) -> tuple[dict[str, Image.Image], list[str]]:
     """The pictures in a folder by file name, in order, each cut to its centre square of `size` pixels; and a line on
-    each file that is not a picture, flat or too small. Hidden files, folders inside and the texts beside pictures do not
+    each file that is not a picture, flat or too small. Hidden files, folders inside and texts beside pictures do not
     count."""
     require(folder.is_dir(), f"{folder}: no such folder; expected one with pictures in it")
     pictures, remarks = {}, []

@@ -403,13 +403,13 @@ def watched(**settings: object) -> Watch:
 
 
 def our_training(model: Model, folder: Path, batch: int, **flags: object) -> Numbers:
-    """Steps of train.py, without class pictures to draw and without a result to save."""
+    """Steps of train.py, without class pictures to draw."""
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.dtype]
     settings = {"images": str(SUBJECT), "class_noun": "dog", "class_dir": str(SUBJECT), "class_images": 5,
                 "weights": str(model.folder), "device": model.device.type, "precision": precision,
-                "batch": batch, "steps": STEPS, "save_every": 0, "out": tempfile.mkdtemp(dir=folder)}
-    with mock.patch.object(StableDiffusion, "save"):
-        watch = watched(**{**settings, **flags})
+                "batch": batch, "steps": STEPS, "save_every": 0}
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        watch = watched(**{**settings, **flags}, out=out)
     seconds, waits = (statistics.median(values[2:-1]) for values in (watch.seconds, watch.waits))
     return Numbers(seconds, watch.peak, waits, watch.planned)
 

@@ -230,6 +230,8 @@ def test_convolutions_with_a_kernel(pairs, tmp_path):
     ({f"{LAYER}.lora_down.weight": (2, 96), f"{LAYER}.lora_up.weight": (64, 2)}, "(64, 64)"),
     ({f"{LAYER}.lora_down.weight": (2, 64), f"{LAYER}.lora_up.weight": (64, 3)}, "(64, 64)"),
     ({f"{LAYER}.lora_down.weight": (64,), f"{LAYER}.lora_up.weight": ()}, "(64, 64)"),
+    ({f"{LAYER}.lora_down.weight": (), f"{LAYER}.lora_up.weight": (64,)}, "(64, 64)"),
+    ({f"{LAYER}.lora_down.weight": (0, 64), f"{LAYER}.lora_up.weight": (64, 0)}, "(64, 64)"),
     ({f"{LAYER}.lora_down.weight": (2, 64), f"{LAYER}.lora_up.weight": (64, 2), f"{LAYER}.alpha": (2,)}, "(64, 64)"),
 ], ids=str)
 def test_file_that_does_not_fit_is_refused_by_name(pairs, tmp_path, tensors, words):

@@ -97,8 +97,8 @@ def save_lora(updates: nn.ModuleDict, path: Path, info: ModelInfo) -> None:
 
 
 def read_lora(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """A LoRA file of kohya's or diffusers' form: "down" (r, in), "up" (out, r) and "alpha" of each layer by its name
-    in kohya's; and what `save_lora` wrote beside them. InputError where it is something else."""
+    """A LoRA file of kohya's or diffusers' form: "down" (r, in), "up" (out, r) and, unless r, "alpha" of each layer
+    by its name in kohya's; and what `save_lora` wrote beside them. InputError where it is something else."""
     updates: dict[str, dict[str, Tensor]] = {}
     for stored_name, tensor in read_tensors(path).items():
         for pattern, what in REFUSED.items():
@@ -116,8 +116,9 @@ def read_lora(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
     for name, update in updates.items():
         require(update.keys() >= {"down", "up"}, f"{path}: {name} lacks lora_down or lora_up; download it again")
         part = next(part for part, prefix in PREFIXES.items() if name.startswith(prefix))
-        alpha = peft.get(f"{part}.lora_alpha", len(update["down"]))  # in diffusers' form; without a note alpha is r
-        update.setdefault("alpha", torch.tensor(float(alpha)))
+        alpha = peft.get(f"{part}.lora_alpha")  # where diffusers writes it
+        if isinstance(alpha, (int, float)):
+            update.setdefault("alpha", torch.tensor(float(alpha)))
     return updates, about
 
 
@@ -146,12 +147,13 @@ def merge_lora(models: dict[str, nn.Module], path: Path, scale: float) -> dict[s
         require(name in layers, f"{path}: this model has no layer {name}; give the model that it was made for")
         shapes = [tuple(tensor.shape) for tensor in (update["up"], update["down"], layers[name].weight)]
         up, down, weight = ((shape[0], math.prod(shape[1:])) if shape else (0, 0) for shape in shapes)
-        fits = up == (weight[0], down[0]) and down[1] == weight[1]  # a convolution's A has its kernel
-        require(fits and update["alpha"].numel() == 1,
+        fits = up == (weight[0], down[0]) and down[1] == weight[1] and down[0] > 0  # a convolution's A has its kernel
+        require(fits and update.get("alpha", torch.zeros(1)).numel() == 1,
                 f"{path}: {name} is {shapes[0]} times {shapes[1]}, and the layer {shapes[2]}; give the model that it "
                 "was made for")
     for name, update in updates.items():
         weight = layers[name].weight
         down, up = (update[kind].flatten(1).to(weight.device) for kind in ("down", "up"))
-        weight.copy_(weight + (scale * update["alpha"].item() / len(down) * up @ down).view_as(weight))
+        alpha = update["alpha"].item() if "alpha" in update else len(down)
+        weight.copy_(weight + (scale * alpha / len(down) * up @ down).view_as(weight))
     return about

@@ -114,6 +114,7 @@ def settings_in_picture(given: Settings) -> dict[str, object]:
 
 def settings_in_lines(path: Path, given: Settings) -> list[Settings]:
     """What each line of a --prompts file asks for; what a line leaves open is as on the command line."""
+    require(path.suffix != ".json", f"--prompts {path}: expected a prompt a line or, in a .jsonl, an object a line")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
@@ -132,7 +133,10 @@ def settings_in_lines(path: Path, given: Settings) -> list[Settings]:
                 f'{source}: {line}; expected an object such as {{"prompt": "a dog", "seed": 3}}')
         entries["prompt"] = [entries["prompt"]]
         defaults = asdict(given) | cli.named_fields(Settings, entries, source)
-        jobs.append(cli.Parser(Settings, None).parse([], defaults))
+        try:
+            jobs.append(cli.Parser(Settings, None).parse([], defaults))
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
     require(bool(jobs), f"--prompts {path}: empty; expected a prompt a line")
     return jobs
 

@@ -5,6 +5,9 @@ from dataclasses import replace
 import benchmark
 import pytest
 import torch
+from conftest import small
+
+import tinydb
 
 
 @pytest.fixture
@@ -61,6 +64,17 @@ def test_floor_counts_attention(model, batch):
     """Whose kernels torch's counter knows on no CPU; twice the batch is twice the work, but for the text."""
     floors = [benchmark.step_floor(model, n).flops for n in (batch, 2 * batch)]
     assert 1.5 < floors[1] / floors[0] < 2
+
+
+def test_model_with_random_weights(monkeypatch, tmp_path):
+    """Which stands for Stable Diffusion 1.5 where its weights cannot be had; here in small."""
+    kind = small("nano")
+    text_encoder = replace(kind.text, vocab_size=benchmark.SD1.text_encoder.vocab_size)
+    kind = replace(benchmark.SD1, text_encoder=text_encoder, unet=kind.unet, vae=kind.vae)
+    monkeypatch.setattr(benchmark, "SD1", kind)
+    sd = tinydb.load(benchmark.stable_diffusion(tmp_path / "model"))
+    assert sd.tokenizer.max_length == 77 and sd.generate("a dog", steps=2)[0].size == (16, 16)
+    assert all(tensor.isfinite().all() for part in (sd.text_encoder, sd.unet, sd.vae) for tensor in part.parameters())
 
 
 def test_without_a_gpu_nothing_fails(monkeypatch, capsys):

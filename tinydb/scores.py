@@ -102,8 +102,8 @@ class Scorer:
     def __init__(self, clip: CLIP | None, pictures: list[Image.Image], class_noun: str):
         subject = f"{PLACEHOLDER} {class_noun}"
         self.clip, self.class_noun = clip, class_noun
-        self.prompts = [f"a photo of {subject}", f"{subject} on the moon", f"{subject} in the snow",
-                        f"{subject} under the sea", f"{subject} wearing a red hat", class_prompt(class_noun)]
+        self.prompts = [f"a photo of {subject}", f"{subject} on the moon", f"{subject} under the sea",
+                        f"{subject} wearing a red hat", f"a red {subject}", class_prompt(class_noun)]
         if clip is not None:
             self.subject = clip.images(pictures)
             self.text = clip.text([prompt.replace(f"{PLACEHOLDER} ", "") for prompt in self.prompts[:-1]])
@@ -113,12 +113,13 @@ class Scorer:
                                 "prompt": (self.subject @ self.text.T).mean().item()}
 
     def score(self, images: list[Image.Image]) -> Score:
-        """The means of CLIP-I and CLIP-T (arXiv 2208.12242, section 4.3) over one picture for each of `prompts`; the
-        last, which is of the class, is for the eye alone. Empty without a CLIP, or without pictures."""
+        """The means of CLIP-I and CLIP-T (arXiv 2208.12242, section 4.3) over one picture for each of `prompts`. A red
+        one shall not look like the subject's pictures, so only its prompt counts; the last, of the class, is for the
+        eye alone. Empty without a CLIP, or without pictures."""
         if self.clip is None or not images:
             return {}
         features = self.clip.images(images[:-1])
-        return {"likeness": (features @ self.subject.T).mean().item(),
+        return {"likeness": (features[:-1] @ self.subject.T).mean().item(),
                 "prompt": (features * self.text).sum(1).mean().item()}
 
     def note(self, scores: dict[str, Score], step: int, images: list[Image.Image]) -> Score:

@@ -391,7 +391,8 @@ def test_loss_falls_in_fp32_and_in_bf16(teach, tmp_path):
     losses = {}
     for precision in ("fp32", "bf16"):
         out = teach(tmp_path / precision, precision=precision, steps=20, save_every=10)
-        losses[precision] = [loss_on_fixed_noise(tinydb.load(path), out) for path in sorted((out / "checkpoints").iterdir())]
+        checkpoints = sorted((out / "checkpoints").iterdir())
+        losses[precision] = [loss_on_fixed_noise(tinydb.load(path), out) for path in checkpoints]
         assert losses[precision][1] < 0.9 * losses[precision][0]
         assert {tensor.dtype for tensor in load_file(out / "model" / UNET).values()} == {torch.float32}
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05) and losses["bf16"] != losses["fp32"]

@@ -32,7 +32,7 @@ from tinydb.config import InputError, ModelInfo, read_json, require
 from tinydb.data import read_pictures
 from tinydb.diffusion import SAMPLERS
 from tinydb.lora import LORA_FILE
-from tinydb.pictures import describe, grid, open_picture, read_description, save_png
+from tinydb.pictures import MOST_SHOWN, describe, grid, open_picture, read_description, save_png
 from tinydb.pipeline import LAST_SEED, Sampling, StableDiffusion
 from tinydb.scores import NO_CLIP, Ranking, choose_clip, subject_pictures
 from tinydb.storage import existing_parent, model_folder, written_whole
@@ -40,7 +40,7 @@ from tinydb.tokenizer import PLACEHOLDER
 
 TINY = Path(__file__).parent / "weights" / "tiny"
 GROUP = 4  # pictures drawn at once; guidance doubles it
-SERIES = 16  # prompts at most that come together on one sheet
+SERIES = 16  # prompts, and pictures of each, at most that come together on one sheet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class Settings(Sampling):
     lora: str | None = option(None, "LoRA file to add to the model, or several, with commas between", metavar="FILE",
                               described="Lora")
     lora_scale: float = option(1.0, "how much of it to add", described="Lora scale")
-    count: int = option(4, "pictures of each prompt", flag="-n", metavar="N", least=1, most=10**6)
+    count: int = option(4, "pictures of each prompt", flag="-n", metavar="N", least=1, most=10**4)
     init: str | None = option(None, "picture to draw over", metavar="PICTURE", described="Init")
     preview: int = option(0, "redraw preview.png every N steps, to watch (0: never)", metavar="N", least=0)
     best: int | None = option(None, "keep so many of the pictures of a prompt, those that fit it best by CLIP",
@@ -278,9 +278,10 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) ->
             print(path)
             say(said(ranking.scores[i]))
     if len(images) > 1:
-        sheet = grid(images, min(len(images), 4), [prompt] + [""] * (len(images) - 1))
+        shown = images[:MOST_SHOWN]
+        sheet = grid(shown, min(len(shown), 4), [prompt] + [""] * (len(shown) - 1))
         save(sheet, out if settings.out_is_file else paths[0].with_name(f"{paths[0].stem}-grid.png"),
-             f"{len(images)} pictures of: {prompt}")
+             f"{len(shown)} pictures of: {prompt}")
     return images
 
 
@@ -359,7 +360,8 @@ def main(given: Settings) -> None:
         advise(sd, weights, prompt, settings.negative)
         rows.append(draw(sd, weights, prompt, settings))
     shapes = {(len(row), image.size) for row in rows for image in row}
-    if 1 < len(jobs) <= SERIES and len(shapes) == 1 and not given.out_is_file:
+    few = 1 < len(jobs) <= SERIES and len(rows[0]) <= SERIES
+    if few and len(shapes) == 1 and not given.out_is_file:
         captions = [caption for prompt, _ in jobs for caption in [prompt] + [""] * (len(rows[0]) - 1)]
         sheet = grid([image for row in rows for image in row], len(rows[0]), captions)
         save(sheet, new_path(jobs[0][1], "series"), " | ".join(prompt for prompt, _ in jobs))

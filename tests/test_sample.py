@@ -191,6 +191,16 @@ def test_out_that_names_a_picture_names_the_grid_of_several(draw, tmp_path):
     assert difference([sheet], [grid([first, second], 2, ["a cat", ""])]) == 0
 
 
+@pytest.mark.parametrize("prompts, count, sheets", [
+    (["a cat"], 41, [(512, 10 * 128)]), (["a cat", "a dog"], 17, [(512, 5 * 128)] * 2),
+])
+def test_sheets_of_many_pictures_stay_small(command, nano, tmp_path, prompts, count, sheets):
+    code, out, error = command("sample.py", *prompts, f"-n{count}", "--steps=1", f"--weights={nano}", "--device=cpu")
+    drawn = [Image.open(path).size for path in out.split()]
+    assert code == 0 and drawn.count((16, 16)) == count * len(prompts), error
+    assert [(width, height - height % 128) for width, height in drawn if width > 16] == sheets
+
+
 def test_paths_are_printed(draw, capsys, tmp_path):
     pictures = draw("a dog", count=2)
     assert sorted(capsys.readouterr().out.split()) == sorted(str(tmp_path / path) for path in pictures)

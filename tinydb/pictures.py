@@ -21,6 +21,7 @@ from tinydb.tokenizer import PLACEHOLDER
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")  # not EPS, whose content is a program that would run
 MOST_PIXELS = 100_000_000  # that are decoded, in about 1.5 GB
 HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftypavif")  # bytes 4 to 12 of what Pillow cannot open
+MOST_SHOWN = 40  # pictures on a sheet: a few megapixels at Stable Diffusion's size
 VISIBLE = 128  # pixels: pictures smaller than this are enlarged in a grid
 CAPTION = 24  # pixels that a line of text has there
 SMALLEST = 9  # pixels of a letter that can still be read

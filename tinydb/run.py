@@ -23,13 +23,11 @@ from PIL import Image
 from tinydb.cli import Stopped, extra, say
 from tinydb.config import as_text, read_json, require, write_json
 from tinydb.lora import LORA_FILE, updates_numel
-from tinydb.pictures import grid, save_png
+from tinydb.pictures import MOST_SHOWN, grid, save_png
 from tinydb.pipeline import StableDiffusion
 from tinydb.report import sample_command, write_report
 from tinydb.storage import check_free_disk, lock, remove, written_whole
 from tinydb.tokenizer import PLACEHOLDER
-
-MOST_SHOWN = 40  # pictures in inputs.png
 
 
 class StopSignal:

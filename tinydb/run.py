@@ -313,4 +313,4 @@ def memory_plan(sd: StableDiffusion, settings: Any, dtype: torch.dtype, world_si
     sizes = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "low-precision copies": copies,
              "activations": activations}
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items() if size)
-    return f"memory in GB: {parts}; at once {in_all / 1e9:.2f}, and some 0.7 that CUDA needs"
+    return f"memory in GB: {parts}; at once {in_all / 1e9:.2f}, and on a GPU some 0.7 for CUDA itself"

@@ -303,7 +303,7 @@ def description(sd: StableDiffusion, weights: Path, image: Image.Image, prompt: 
     left_out = [] if settings.init else ["init", "strength"]
     left_out += [] if settings.lora else ["lora", "lora_scale"]
     about = {name: made_with[key] for name, key in DESCRIBED.items() if key not in left_out}
-    about |= {"RNG": "CPU"} | {name: f"{value:.4f}" for name, value in score.items()}  # A1111's noise is the GPU's else
+    about |= {"RNG": "CPU"} | {name: f"{value:.4f}" for name, value in score.items()}  # without it, A1111 draws noise on the GPU
     return describe(prompt, settings.negative, sd.identifier, **about)
 
 
@@ -360,7 +360,7 @@ def main(given: Settings) -> None:
         advise(sd, weights, prompt, settings.negative)
         rows.append(draw(sd, weights, prompt, settings))
     shapes = {(len(row), image.size) for row in rows for image in row}
-    few = 1 < len(jobs) <= SERIES and len(rows[0]) <= SERIES
+    few = 1 < len(rows) <= SERIES and len(rows[0]) <= SERIES
     if few and len(shapes) == 1 and not given.out_is_file:
         captions = [caption for prompt, _ in jobs for caption in [prompt] + [""] * (len(rows[0]) - 1)]
         sheet = grid([image for row in rows for image in row], len(rows[0]), captions)

@@ -98,6 +98,10 @@ def test_pictures_of_a_folder_are_ranked(draw, nano, small_clip, photos, tmp_pat
     assert [score for _, score in ranked] == [f"CLIP text {value:.3f}" for value in sorted(scores.values())[::-1]]
     assert Path(last).name == "0000-best-of-the-dog.png" and sheet.width == 3 * 128
     assert "broken.png is skipped" in printed.err
+    sample.main(sample.Settings(prompt=["the dog", "a cat"], weights=str(nano), among=str(folder), clip=str(small_clip),
+                                out=str(tmp_path / "two"), device="cpu"))
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
+        "0000-best-of-the-dog.png", "0001-best-of-a-cat.png"]
 
 
 @pytest.mark.parametrize("arguments, words", [

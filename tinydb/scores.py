@@ -20,7 +20,7 @@ from tinydb.tokenizer import EOS, PLACEHOLDER, CLIPTokenizer
 BATCH = 16  # pictures or prompts at once
 TINY_NAME = "tinydb world model"  # the base of the model in the box, and of what was taught to it
 
-MARGIN = 0.05  # of learnt + kept: what a few pictures cannot tell apart
+MARGIN = 0.4  # of learnt + kept: with less, the steps named were worse than the last (weights/README.md)
 NO_CLIP = "no --clip (`python convert_weights.py openai/clip-vit-base-patch32 weights/clip` makes a folder for it)"
 
 Score = dict[str, float]  # "likeness" to the subject's pictures, and "prompt": that without the identifier; cosines
@@ -129,35 +129,37 @@ class Scorer:
             scores[str(step)] = score
         return score
 
-    def best_step(self, scores: dict[str, Score], run: Run) -> int | None:
-        """Of the run's checkpoints the step at which learnt + kept is largest, or the last one if that is hardly worse:
+    def merits(self, scores: dict[str, Score], run: Run) -> dict[int, float]:
+        """learnt + kept at the step of each of the run's checkpoints; empty where there is no choice:
 
             learnt = 0 where pictures are as like the subject as those of step 0, 1 where as its pictures are alike
             kept   = 0 where pictures fit the prompts no better than the subject's own do, 1 at the best of all steps
 
-        None where there is no choice. `scores` of all steps so far; those of step 0 are of the model before training.
+        `scores` of all steps so far; those of step 0 are of the model before training.
         """
         after = {int(step): score for step, score in scores.items()
                  if step != "0" and run.checkpoint(int(step)).exists()}
         if self.clip is None or "0" not in scores or len(after) < 2:
-            return None
-        before, photographs, last = scores["0"], self.photographs, max(after)
+            return {}
+        before, photographs = scores["0"]["likeness"], self.photographs
         best_prompt = max(score["prompt"] for score in scores.values())
+        return {step: fraction(score["likeness"], before, photographs["likeness"])
+                + fraction(score["prompt"], photographs["prompt"], best_prompt) for step, score in after.items()}
 
-        def merit(step: int) -> float:
-            learnt = fraction(after[step]["likeness"], before["likeness"], photographs["likeness"])
-            return learnt + fraction(after[step]["prompt"], photographs["prompt"], best_prompt)
-
-        best = max(after, key=merit)
-        return best if merit(best) > merit(last) + MARGIN else last
+    def best_step(self, scores: dict[str, Score], run: Run) -> int | None:
+        """The step whose merit is largest, the last of equals."""
+        merits = self.merits(scores, run)
+        return max(merits, key=lambda step: (merits[step], step), default=None)
 
     def advice(self, scores: dict[str, Score], run: Run, file: str) -> str:
-        """What to say at the end of a run: the best step and how to sample it, by `file` in its checkpoint."""
-        best, last = self.best_step(scores, run), max(map(int, scores), default=0)
+        """What to say at the end of a run: the best step, where it is clearly better than the last, and how to sample
+        it, by `file` in its checkpoint."""
+        merits, best = self.merits(scores, run), self.best_step(scores, run)
         if best is None:
             return ""
-        if best == last:
-            return "By CLIP, no earlier checkpoint is better than this.\n\n"
+        last = max(merits)
+        if merits[best] <= merits[last] + MARGIN:
+            return "By CLIP, no earlier checkpoint is clearly better than this.\n\n"
         numbers = ", ".join(f"{name} {value:.3f} (step {last}: {scores[str(last)][name]:.3f})"
                             for name, value in scores[str(best)].items())
         return (f"By CLIP, step {best} is the best: {numbers}. Compare:\n\n"

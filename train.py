@@ -294,7 +294,7 @@ def main(settings: Settings) -> None:
     if rank == 0:
         run.save_inputs(instance_images, prompts[0])
         scorer = open_scorer(choose_clip(settings.clip, sd.info.base), [*instance_images.values()], settings.class_noun)
-        say(*remarks, memory_plan(sd, settings, dtype, world_size))
+        say(memory_plan(sd, settings, dtype, world_size), *remarks)
 
     # The class pictures: what the model now draws for the class, to hold it to that.
     stop, image_sets = StopSignal(rank), [list(instance_images.values())]

@@ -370,7 +370,8 @@ def test_names_from_strangers_are_printed_safely(command, nano, photos, tmp_path
         (tmp_path / "many" / f"a\x1b[31m{i}").touch()
     _, _, error = command("train.py", "--images=many", "--class=dog", f"--weights={nano}", "--out=run", "--steps=1",
                           "--device=cpu", "--prior-weight=0")
-    assert "\x1b" not in error and error.count("not a picture") == 29 and "memory in GB" in error and "971 more like these" in error
+    assert "\x1b" not in error and error.count("not a picture") == 29
+    assert "memory in GB" in error and "971 more like these" in error
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -268,21 +268,26 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) ->
                     save(sheet, paths[-1].with_name(f"{paths[-1].stem}-attention.png"),
                          f"cross-attention of: {prompt}", not ranking)
     if ranking:
-        order = ranking.best()
-        for i in order[settings.best :]:
-            paths[i].unlink()
-            paths[i].with_name(f"{paths[i].stem}-attention.png").unlink(missing_ok=True)
-        kept = order[: settings.best]
+        kept = keep_best(ranking, paths, settings.best)
         images, paths = [images[i] for i in kept], [paths[i] for i in kept]
-        for i, path in zip(kept, paths):
-            print(path)
-            say(said(ranking.scores[i]))
     if len(images) > 1:
         shown = images[:MOST_SHOWN]
         sheet = grid(shown, min(len(shown), 4), [prompt] + [""] * (len(shown) - 1))
         save(sheet, out if settings.out_is_file else paths[0].with_name(f"{paths[0].stem}-grid.png"),
              f"{len(shown)} pictures of: {prompt}")
     return images
+
+
+def keep_best(ranking: Ranking, paths: list[Path], count: int) -> list[int]:
+    """Delete all but the best `count` pictures, and print those and their scores; which they are, best first."""
+    order = ranking.best()
+    for i in order[count:]:
+        paths[i].unlink()
+        paths[i].with_name(f"{paths[i].stem}-attention.png").unlink(missing_ok=True)
+    for i in order[:count]:
+        print(paths[i])
+        say(scores_text(ranking.scores[i]))
+    return order[:count]
 
 
 def picture_to_draw_over(sd: StableDiffusion, settings: Settings) -> Image.Image:
@@ -303,7 +308,8 @@ def description(sd: StableDiffusion, weights: Path, image: Image.Image, prompt: 
     left_out = [] if settings.init else ["init", "strength"]
     left_out += [] if settings.lora else ["lora", "lora_scale"]
     about = {name: made_with[key] for name, key in DESCRIBED.items() if key not in left_out}
-    about |= {"RNG": "CPU"} | {name: f"{value:.4f}" for name, value in score.items()}  # without it, A1111 draws noise on the GPU
+    about["RNG"] = "CPU"  # A1111 would draw its noise on the GPU
+    about |= {name: f"{value:.4f}" for name, value in score.items()}
     return describe(prompt, settings.negative, sd.identifier, **about)
 
 
@@ -319,7 +325,7 @@ def open_ranking(info: ModelInfo, weights: Path, prompt: str, settings: Settings
     return Ranking(clip, prompt, subject)
 
 
-def said(score: dict[str, float]) -> str:
+def scores_text(score: dict[str, float]) -> str:
     """A picture's scores in a line."""
     return ", ".join(f"{name} {value:.3f}" for name, value in score.items())
 
@@ -334,9 +340,10 @@ def rank_folder(prompt: str, settings: Settings, weights: Path) -> None:
     ranking.score(images)
     order = ranking.best()
     for i in order:
-        print(Path(settings.among) / names[i], said(ranking.scores[i]), sep="\t")
+        print(Path(settings.among) / names[i], scores_text(ranking.scores[i]), sep="\t")
     shown = order[: settings.best or 8]
-    captions = [f"{prompt}: {said(ranking.scores[i])}" if i == order[0] else said(ranking.scores[i]) for i in shown]
+    captions = [scores_text(ranking.scores[i]) for i in shown]
+    captions[0] = f"{prompt}: {captions[0]}"
     save(grid([images[i] for i in shown], min(len(shown), 4), captions), new_path(settings, f"best of {prompt}"),
          f"the best of {settings.among} for: {prompt}")
 

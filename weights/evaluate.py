@@ -158,7 +158,7 @@ OF_LIVING = ("wearing a red hat", "wearing a santa hat", "wearing a rainbow scar
              "in a police outfit", "wearing pink glasses", "wearing a yellow shirt", "in a purple wizard outfit")
 LOOKS = ("red", "purple", "shiny", "wet", "cube shaped")
 LIVING = "dog cat person man woman boy girl baby child horse bird rabbit bear hamster".split()
-PER_PROMPT = 4
+PAPER_PER_PROMPT = 4
 
 
 def paper_prompts(noun: str, in_the_box: bool) -> list[str]:
@@ -187,16 +187,16 @@ def paper_table(settings: Settings, sd: StableDiffusion, out: Path) -> None:
     pictures = list(read_pictures(Path(settings.subject), sd.resolution)[0].values())
     require(len(pictures) > 1, f"--subject {settings.subject}: {len(pictures)} pictures in it, expected more")
     prompts = paper_prompts(noun, sd.info.base.get("name") == TINY_NAME)[:: 5 if settings.quick else 1]
-    images = draw(sd, [prompt for prompt in prompts for _ in range(PER_PROMPT)], None, "25 prompts")
+    images = draw(sd, [prompt for prompt in prompts for _ in range(PAPER_PER_PROMPT)], None, "25 prompts")
     class_images = draw(sd, [class_prompt(noun)] * CLASS_PICTURES, None, class_prompt(noun))
-    grid(images, PER_PROMPT).save(out / "prompts.png")
+    grid(images, PAPER_PER_PROMPT).save(out / "prompts.png")
 
     subject, text = clip.images(pictures), clip.text([prompt.replace(f"{PLACEHOLDER} ", "") for prompt in prompts])
-    features = clip.images(images).unflatten(0, (len(prompts), PER_PROMPT))
+    features = clip.images(images).unflatten(0, (len(prompts), PAPER_PER_PROMPT))
     numbers = torch.tensor([[(of_prompt @ subject.T).mean(), (of_prompt @ words).mean(), 1 - mean_of_pairs(of_prompt)]
                             for of_prompt, words in zip(features, text)])
     rows = dict(zip(prompts, numbers.tolist())) | {"mean": numbers.mean(0).tolist()}
-    print_table(f"{sd.info.class_noun}, {PER_PROMPT} pictures a prompt", ["CLIP-I", "CLIP-T", "DIV"],
+    print_table(f"{sd.info.class_noun}, {PAPER_PER_PROMPT} pictures a prompt", ["CLIP-I", "CLIP-T", "DIV"],
                 {name: [f"{value:.3f}" for value in values] for name, values in rows.items()})
     print(f"\nPRES {(clip.images(class_images) @ subject.T).mean():.3f} ({CLASS_PICTURES} pictures of "
           f"{class_prompt(noun)!r}); the subject's own pictures among themselves: CLIP-I {mean_of_pairs(subject):.3f}")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tinydb.pictures import to_pixels
 from tinydb.storage import read_tensors, save_tensors, written_whole
-from world import COLORS, MARKINGS, NOUNS, PLACES, TOPPERS, Look, compose, sample_scene, scene_look
+from world import COLORS, MARKINGS, NOUNS, PLACES, TOPPERS, Look, Scene, compose, sample_scene, scene_look
 
 FILE = Path(__file__).parent / "judge.safetensors"
 ATTRIBUTES = {"noun": NOUNS, "color": tuple(COLORS), "pattern": tuple(MARKINGS), "place": PLACES,
@@ -59,8 +59,9 @@ def load_judge() -> Judge:
     return judge.requires_grad_(False)
 
 
-def draw_example(rng: np.random.Generator) -> tuple[Image.Image, list[int], np.ndarray]:
-    """A picture, the index of each attribute's value, and the colours (2, 3) in [0, 1] of the thing and its marks."""
+def sample_thing(rng: np.random.Generator) -> tuple[Scene, Look, int]:
+    """A scene, how its thing looks, and the index of its colour. Half of the things look as no caption can say; their
+    colour is UNKNOWN."""
     scene = sample_scene(rng, held_out=bool(rng.random() < 0.5))
     look, color = scene_look(scene, rng), list(COLORS).index(scene.color)
     if rng.random() < 0.5:  # a thing that no caption names
@@ -68,6 +69,12 @@ def draw_example(rng: np.random.Generator) -> tuple[Image.Image, list[int], np.n
         look = Look(main, accent, mark, rng.choice(ATTRIBUTES["pattern"]), rng.choice([None, *TOPPERS]),
                     collar if rng.random() < 0.5 else None, int(rng.integers(2)))
         color = UNKNOWN
+    return scene, look, color
+
+
+def draw_example(rng: np.random.Generator) -> tuple[Image.Image, list[int], np.ndarray]:
+    """A picture, the index of each attribute's value, and the colours (2, 3) in [0, 1] of the thing and its marks."""
+    scene, look, color = sample_thing(rng)
     shown = [NOUNS.index(scene.noun), color, ATTRIBUTES["pattern"].index(look.marking), PLACES.index(scene.place),
              ATTRIBUTES["topper"].index(look.topper or "nothing")]
     return compose(scene.noun, look, scene.place, rng, 64), shown, np.array([look.main, look.mark], np.float32) / 255

@@ -31,10 +31,9 @@ from tinydb.pictures import to_images
 from tinydb.scores import CLIP
 from tinydb.storage import written_whole
 from tinydb.tokenizer import BOS, EOS, CLIPTokenizer
-from judge import ATTRIBUTES, UNKNOWN, soften
+from judge import UNKNOWN, sample_thing, soften
 from pretrain import SIZE, train
-from world import (COLORS, MARKINGS, NOUNS, PATTERNS, PLACES, PREFIXES, TOPPERS, Look, compose, phrase, render,
-                   sample_scene, scene_look)
+from world import COLORS, MARKINGS, NOUNS, PATTERNS, PLACES, PREFIXES, compose, phrase, render, sample_scene
 
 VISION = VisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=3,
                       image_size=SIZE, patch_size=8)
@@ -42,7 +41,7 @@ TEXT = TextConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=2, nu
                   max_position_embeddings=32)
 DIMENSIONS = 96
 UNNAMED = -1  # in place of the index of a value: the caption does not say
-SAID = 0.7  # how often a caption says a colour, a pattern, a place
+NAMED_SHARE = 0.7  # how often a caption says a colour, a pattern, a place
 
 
 @dataclass(frozen=True)
@@ -61,13 +60,7 @@ class Settings(Checked):
 def draw_thing(rng: np.random.Generator) -> tuple[list[np.ndarray], list[list[int]]]:
     """A thing in two places: its two pictures, and of each what a caption can say of it, an index for each attribute:
     noun, colour (UNKNOWN where it has no name), pattern, place, and whether it wears a red hat."""
-    scene = sample_scene(rng, held_out=bool(rng.random() < 0.5))
-    look, color = scene_look(scene, rng), list(COLORS).index(scene.color)
-    if rng.random() < 0.5:  # a thing that no caption names
-        main, accent, mark, collar = (tuple(int(value) for value in rng.integers(256, size=3)) for _ in range(4))
-        look = Look(main, accent, mark, rng.choice(ATTRIBUTES["pattern"]), rng.choice([None, *TOPPERS]),
-                    collar if rng.random() < 0.5 else None, int(rng.integers(2)))
-        color = UNKNOWN
+    scene, look, color = sample_thing(rng)
     images, shown = [], []
     for place in rng.choice(len(PLACES), 2, replace=False):
         if images and rng.random() < 0.3:  # it stays what it is with another hat
@@ -93,7 +86,7 @@ def describe(shown: np.ndarray, rng: np.random.Generator) -> tuple[str, np.ndarr
     """A caption that is true of a picture, and what it says. Names of things always, a hat where there is one, the rest
     by chance; a colour or a marking that has no name never."""
     noun, color, pattern, place, hat = shown
-    says = rng.random(3) < SAID
+    says = rng.random(3) < NAMED_SHARE
     named = (noun, color if says[0] and color != UNKNOWN else UNNAMED,
              pattern if says[1] and pattern < len(PATTERNS) else UNNAMED, place if says[2] else UNNAMED, hat)
     words = [names[i] if i != UNNAMED else "" for names, i in zip((NOUNS, list(COLORS), PATTERNS, PLACES), named)]

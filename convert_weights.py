@@ -33,7 +33,7 @@ from tinydb.diffusion import NoiseSchedule
 from tinydb.pipeline import MODEL_INDEX, PARTS, StableDiffusion
 from tinydb.scores import build_clip
 from tinydb.storage import (WEIGHT_FILES, build_model, canonical_names, check_free_disk, check_tensors, read_tensors,
-                            refuse_parent, refuse_pointer, save_tensors, written_whole)
+                            model_folder, refuse_pointer, save_tensors, written_whole)
 from tinydb.tokenizer import EOS, CLIPTokenizer
 
 PREFIXES = {"text_encoder": "cond_stage_model.", "unet": "model.diffusion_model.", "vae": "first_stage_model."}
@@ -269,9 +269,8 @@ def check_finite(src: Path, part: str, model: nn.Module, half: bool) -> None:
 
 def read_folder(folder: Path) -> tuple[Description, dict[str, dict[str, Tensor]]]:
     """A diffusers folder of any age: its description, and its tensors by part."""
+    folder = model_folder(folder)
     index = next((folder / name for name in ("model_index.json", "config.json") if (folder / name).exists()), None)
-    if index is None:
-        refuse_parent(folder)
     kind = read_json(index).get("_class_name") if index else "folder without model_index.json"
     require(kind == MODEL_INDEX["_class_name"], f"{folder}: a {kind}; expected a {MODEL_INDEX['_class_name']} (Stable "
                                                 "Diffusion 1.x or 2.x), not an SDXL, inpainting, ControlNet or LoRA")

@@ -98,7 +98,7 @@ def settings_in_picture(given: Settings) -> dict[str, object]:
         described["Eta DDIM"] = described.pop("Eta")
     here = {"Sampler": described.get("Sampler") in samplers, "RNG": described.get("RNG") == "CPU",
             "CLIP text": True, "CLIP image": True,  # scores, which say nothing of how to draw
-            "Model": model_folder(described.get("Model", "")).is_dir()}
+            "Model": Path(described.get("Model", "")).is_dir()}
     foreign = [name for name in described if not here.get(name, name in DESCRIBED)]
     if foreign:
         left = ", ".join(f"{name} {described[name][:40]}" for name in foreign)
@@ -161,7 +161,8 @@ def read_jobs(given: Settings) -> list[tuple[str, Settings]]:
         home = existing_parent(Path(out).absolute().parent if out in files else Path(out))
         require(home.is_dir() and os.access(home, os.W_OK), f"--out {out}: {home} is no folder to write in")
         require(out not in files or not Path(out).is_dir(), f"--out {out}: a folder; expected the name of a file")
-    return [(re.sub(r"\[v\]", PLACEHOLDER, prompt), settings) for prompt, settings in jobs]
+    return [(prompt.replace("[v]", PLACEHOLDER),
+             replace(settings, negative=settings.negative.replace("[v]", PLACEHOLDER))) for prompt, settings in jobs]
 
 
 def newest_model() -> Path:

@@ -9,7 +9,7 @@ The idea: fine-tune the whole model on the pictures under "a photo of ohwx dog",
 nothing yet. A few pictures alone would soon turn every dog into this one (language drift), so half of each batch are
 pictures that the model itself made of "a photo of a dog", which it must go on predicting as before:
 
-    loss = |prediction - target|^2 over instance pictures + prior_weight * the same over class pictures
+    loss = |prediction - target|^2 over instance pictures + prior_weight * the same over class images
 
 A step of training is `DreamBoothLoss` and the loop in `main`. tinydb/run.py lists what a run writes into OUT.
 """
@@ -75,10 +75,10 @@ class Settings(Checked):
     lr_text: float | None = option(None, "that of the text encoder (default: recipe, scaled as --lr is)", above=0)
     lr_decay: float | None = option(None, "last part of the steps, over which the rates fall to 0; 0 is none, 0.5 half "
                                           "of them (default: recipe)", least=0, most=1, before=0.0)
-    prior_weight: float = option(1.0, "weight of the class pictures' loss; 0 trains without them", least=0)
-    class_images: int | None = option(None, "class pictures to train with (default: recipe)", least=1, most=10**5,
+    prior_weight: float = option(1.0, "weight of the class images' loss; 0 trains without them", least=0)
+    class_images: int | None = option(None, "class images to train with (default: recipe)", least=1, most=10**5,
                                       cure="; --prior-weight 0 does without them")
-    class_dir: str | None = option(None, "class pictures of your own, or an earlier run's class_images", free=True)
+    class_dir: str | None = option(None, "class images of your own, or an earlier run's class_images", free=True)
     class_prompts: str | None = option(None, "file of prompts, see weights/class_prompts.txt; or: plain", free=True)
     precision: str = option("auto", "of the computation; trained weights are always fp32. auto: bf16 or fp16 on a GPU",
                             choices=("auto", "fp32", "bf16", "fp16"), free=True)
@@ -164,19 +164,20 @@ def recompute_activations(model: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_result(path: Path, sd: StableDiffusion, weights: Path, lora: nn.ModuleDict | None) -> None:
-    """What was learnt, whole or not at all: a model folder to sample from or, with --lora, a file of updates."""
+def write_result(path: Path, sd: StableDiffusion, weights: Path, lora: nn.ModuleDict | None) -> None:
+    """What was learnt: a model folder to sample from or, with --lora, a file of updates."""
     if lora:
         save_lora(lora, path, sd.info)
     else:
-        sd.save(path, vae_from=weights)
+        sd.write(path, torch.float32, vae_from=weights)
 
 
 def save_checkpoint(folder: Path, sd: StableDiffusion, weights: Path, model: DreamBoothLoss,
                     optimizer: torch.optim.Optimizer, state: dict[str, object]) -> None:
     """The result so far and, to resume, what AdamW knows of each trained parameter and a few numbers; whole or not."""
     with written_whole(folder) as path:
-        save_result(path / LORA_FILE if model.lora else path, sd, weights, model.lora)
+        path.mkdir()
+        write_result(path / LORA_FILE if model.lora else path, sd, weights, model.lora)
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         for kind in ("exp_avg", "exp_avg_sq", "step"):  # one by one: what is being written takes host memory
             tensors = {f"{kind}.{name}": optimizer.state[parameter][kind] for name, parameter in trained.items()}
@@ -296,7 +297,7 @@ def main(settings: Settings) -> None:
         scorer = open_scorer(choose_clip(settings.clip, sd.info.base), [*instance_images.values()], settings.class_noun)
         say(memory_plan(sd, settings, dtype, world_size), *remarks)
 
-    # The class pictures: what the model now draws for the class, to hold it to that.
+    # The class images: what the model now draws for the class, to hold it to that.
     stop, image_sets = StopSignal(rank), [list(instance_images.values())]
     if settings.prior_weight > 0:
         folder = Path(settings.class_dir or run.out / "class_images")
@@ -404,7 +405,8 @@ def main(settings: Settings) -> None:
 
     if rank == 0:
         sd.info = replace(sd.info, step=state["step"])
-        save_result(run.result(settings), sd, weights, masters.lora)
+        with written_whole(run.result(settings)) as path:
+            write_result(path, sd, weights, masters.lora)
         run.finish(settings, scorer.advice(state["scores"], run, LORA_FILE if masters.lora else ""))
     if world_size > 1:
         dist.destroy_process_group()

@@ -403,7 +403,7 @@ def watched(**settings: object) -> Watch:
 
 
 def our_training(model: Model, folder: Path, batch: int, **flags: object) -> Numbers:
-    """Steps of train.py, without class pictures to draw."""
+    """Steps of train.py, without class images to draw."""
     precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.dtype]
     settings = {"images": str(SUBJECT), "class_noun": "dog", "class_dir": str(SUBJECT), "class_images": 5,
                 "weights": str(model.folder), "device": model.device.type, "precision": precision,

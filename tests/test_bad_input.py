@@ -154,13 +154,16 @@ def test_a_long_list_of_tensors_is_cut(folder):
     assert re.search(r" \d+ tensors do not fit .+ and \d+ more", text) and len(text) < 3000
 
 
-@pytest.mark.parametrize("inside", [["model"], ["checkpoints/step-000002", "checkpoints/step-000004"],
+@pytest.mark.parametrize("inside", [["checkpoints/step-000002", "checkpoints/step-000004"],
                                     ["snapshots/1a2b"]], ids=str)
 @pytest.mark.parametrize("read", [tinydb.load, read_folder])
 def test_the_folder_around_a_model(folder, tmp_path, inside, read):
+    """Which of them is meant? That of a finished run, where there is one."""
     for name in inside:
         shutil.copytree(folder, tmp_path / "run" / name)
     text = refusal(read, tmp_path / "run")
+    shutil.copytree(folder, tmp_path / "run" / "model")
+    read(tmp_path / "run")
     assert [name for name in inside if f"run/{name}" not in text] == [] and text.endswith("give that")
 
 

@@ -611,7 +611,8 @@ def test_unknown_source(tmp_path, name):
     assert f"{name}: no such file or folder" in refusal(name, tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["owner/name", "https://huggingface.co/owner/name", "https://huggingface.co/owner/name/"])
+@pytest.mark.parametrize("name", ["owner/name", "https://huggingface.co/owner/name",
+                                  "https://huggingface.co/owner/name/"])
 def test_address_of_a_hub_model(sd1, tmp_path, monkeypatch, name):
     asked = []
     monkeypatch.setattr(convert_weights, "download", lambda repo: asked.append(repo) or sd1)

@@ -271,7 +271,7 @@ def numbered(count: int, start: int = 0, std: float = 0.0) -> Latents:
 
 
 def batch_of(count: int, *, seed: int = 0, step: int = 0) -> Batch:
-    """The batch of a step on three instance and five class pictures."""
+    """The batch of a step on three instance and five class images."""
     return random_batch([numbered(3), numbered(5, start=10)], count, 1000, seed, step)
 
 

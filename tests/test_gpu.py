@@ -179,7 +179,7 @@ COMBINATIONS = COMBINATIONS if ON_GPU else COMBINATIONS[3:4]  # test_resume.py h
 
 @pytest.fixture
 def teach_here(teach, photos) -> Callable[..., Path]:
-    """train.py on the device, with class pictures that are the same on all of them."""
+    """train.py on the device, with class images that are the same on all of them."""
     def run(out: Path, **settings: object) -> Path:
         given = {"device": DEVICE.type, "class_dir": str(photos), "class_images": 3, "save_every": 2, "steps": 4}
         return teach(out, **{**given, **settings})

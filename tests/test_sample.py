@@ -321,7 +321,8 @@ def test_file_of_prompts_from_other_programs(tmp_path):
     ("a.jsonl", '{"prompt": "a dog", "negative": ["a cat"]}', ["line 1", "--negative", "a cat"]),
     ("a.jsonl", '{"prompt": "a dog"}\n{"prompt": "a dog", "n": 1.5}', ["line 2: -n 1.5"]),
     ("a.json", '["a dog", "a cat"]', ["a.json", ".jsonl"]), ("b.json", '{"prompt": "a dog"}', ["b.json", ".jsonl"]),
-    ("a.jsonl", '{"seed": 4}', ["line 1", "prompt"]), ("a.jsonl", '{"prompt": "a dog", "seed": "x"}', ["--seed", "x"]),
+    ("a.jsonl", '{"seed": 4}', ["line 1", "prompt"]),
+    ("a.jsonl", '{"prompt": "a dog", "seed": "x"}', ["line 1", "--seed", "x"]),
 ], ids=str)
 def test_file_of_prompts_that_cannot_be_used(command, tmp_path, name, text, words):
     if text is not None:

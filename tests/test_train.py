@@ -85,7 +85,7 @@ def of_each(prompts: list[str]) -> list[list[str]]:
 
 
 def random_sets(pair: Pair) -> list[Latents]:
-    """Latents of three instance and four class pictures that never were."""
+    """Latents of three instance and four class images that never were."""
     generator = torch.Generator().manual_seed(0)
     return [Latents(torch.randn(count, pair.config.unet.in_channels, 8, 8, generator=generator),
                     torch.full((count, 1, 1, 1), 0.1)) for count in (3, 4)]
@@ -715,7 +715,7 @@ def test_class_image_that_is_no_picture_is_made_again(teach, tmp_path, content):
 
 
 def own_pictures(folder: Path, count: int) -> Path:
-    """A folder of class pictures that somebody took, and junk."""
+    """A folder of class images that somebody took, and junk."""
     folder.mkdir()
     for i in range(count):
         Image.radial_gradient("L").rotate(40 * i).convert("RGB").save(folder / f"mine{i}.jpg")

@@ -263,7 +263,7 @@ def test_study_goes_on_and_compares_the_same_subjects_and_seeds(tmp_path, monkey
 @pytest.mark.parametrize("given", [False, True])
 def test_computation_of_diffusers_trains_and_saves_a_model_that_we_open(nano: Path, photos: Path, tmp_path: Path,
                                                                         given: bool):
-    """Text encoder and UNet move, the VAE does not, with class pictures that it draws and with given ones."""
+    """Text encoder and UNet move, the VAE does not, with class images that it draws and with given ones."""
     out = tmp_path / "theirs"
     reference.main(reference.Settings(images=str(photos), weights=str(nano), out=str(out), device="cpu",
                                       class_dir=str(photos) if given else None))

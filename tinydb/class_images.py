@@ -1,4 +1,4 @@
-"""The class pictures: what the model draws for the class before it learns the subject, to hold it to that."""
+"""The class images: what the model draws for the class before it learns the subject, to hold it to that."""
 
 import json
 import re
@@ -26,7 +26,7 @@ KEY_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", 
 
 def plain_noun(noun: str, identifier: str) -> str:
     """The noun of --class without what the prompts around it say themselves: "a photo of a dog" -> "dog". InputError
-    where it names the subject, as the prompts of other trainers do: every class picture would."""
+    where it names the subject, as the prompts of other trainers do: every class image would."""
     require(bool(identifier.strip()) and PLACEHOLDER not in identifier,
             f"--identifier {identifier!r}: expected a rare word, such as {DEFAULT_IDENTIFIER}")
     noun = re.sub(r"((an?|the|my|(photo|picture|image) of) )*", "", " ".join(noun.split()), count=1, flags=re.I)

@@ -110,8 +110,8 @@ class Parser(argparse.ArgumentParser):
         return self.settings(**given)
 
     def error(self, message: str):
-        """Print one line, without the usage, and exit with code 2."""
-        self.fail(2, message)
+        """argparse's own complaints are the user's mistakes too."""
+        raise InputError(message)
 
     def fail(self, code: int, message: str):
         """Print one line, and exit."""
@@ -251,7 +251,7 @@ def run(main: Callable[[Any], None], settings: type, doc: str | None, *, out_of_
         given = parser.parse(sys.argv[1:])
         main(parser.parse(sys.argv[1:], defaults(given)))
     except InputError as error:
-        parser.error(str(error))
+        parser.fail(2, str(error))
     except Stopped as stopped:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -260,14 +260,14 @@ def run(main: Callable[[Any], None], settings: type, doc: str | None, *, out_of_
         parser.exit(130, "\n")
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            parser.error(f"{error.filename}: {error.strerror}")
+            parser.fail(2, f"{error.filename}: {error.strerror}")
         parser.fail(1, f"{error}{after_failure}")
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = " ".join(str(error).split("\n")[:2])
-            parser.error(f"--compile: PyTorch could not compile the model ({reason}); leave it out, or install a C++ "
-                         "compiler, and on a GPU Triton")
+            parser.fail(2, f"--compile: PyTorch could not compile the model ({reason}); leave it out, or install a C++ "
+                           "compiler, and on a GPU Triton")
         elif is_out_of_memory(error):
             parser.fail(1, f"{reason}. {out_of_memory}")
         elif isinstance(error, dist.DistError) or "closed by peer" in reason or "reset by peer" in reason:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tinydb.clip import EncoderLayer
 from tinydb.config import ModelInfo, require
-from tinydb.storage import read_tensors, save_tensors, written_whole
+from tinydb.storage import read_tensors, save_tensors
 from tinydb.unet import PixelLinear, Transformer2DModel
 
 LORA_FILE = "lora.safetensors"
@@ -92,8 +92,7 @@ def name_in_file(part: str, path: str) -> str:
 def save_lora(updates: nn.ModuleDict, path: Path, info: ModelInfo) -> None:
     """Write the updates, and beside them what they were taught and the model that they belong to."""
     about = {name: value for name, value in info.to_dict().items() if name != "recipe"}
-    with written_whole(path) as temporary:
-        save_tensors(updates.state_dict(), temporary, tinydb=json.dumps(about))
+    save_tensors(updates.state_dict(), path, tinydb=json.dumps(about))
 
 
 def read_lora(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:

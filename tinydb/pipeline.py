@@ -17,7 +17,7 @@ from tinydb.config import (Checked, ModelInfo, ScheduleConfig, TextConfig, UNetC
 from tinydb.diffusion import SAMPLERS, FreshNoise, NoiseSchedule, guided, sample, sampler_timesteps
 from tinydb.lora import merge_lora
 from tinydb.pictures import to_images, to_pixels
-from tinydb.storage import WEIGHT_FILES, build_model, read_tensors, refuse_parent, save_tensors, written_whole
+from tinydb.storage import WEIGHT_FILES, build_model, model_folder, read_tensors, save_tensors, written_whole
 from tinydb.tokenizer import PLACEHOLDER, CLIPTokenizer
 from tinydb.unet import UNet2DConditionModel
 from tinydb.vae import AutoencoderKL
@@ -254,9 +254,8 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     `dtype` is that of text encoder and UNet; the VAE stays in float32, since in float16 it decodes to black pictures.
     Raises InputError, one line with the cure, where the folder is not one or is damaged.
     """
-    folder = Path(folder)
+    folder = model_folder(folder)
     require(folder.is_dir(), f"{folder}: no such folder; expected a model folder (convert_weights.py makes one)")
-    refuse_parent(folder)
     kind = read_json(folder / "model_index.json").get("_class_name")
     require(kind == MODEL_INDEX["_class_name"],
             f"{folder}: a {kind}; only {MODEL_INDEX['_class_name']} (Stable Diffusion 1.x and 2.x) is supported")

@@ -256,7 +256,7 @@ def check_finite(losses: list[float], step: int, lr: float) -> None:
     """InputError, which ends the run, where losses are no longer numbers."""
     require(all(map(math.isfinite, losses)),
             f"step {step}: the loss is {losses}; this step is not saved, checkpoints before it are. Start again with a "
-            f"lower --lr than {lr} or --precision fp32, in another --out; --class-dir keeps class pictures")
+            f"lower --lr than {lr} or --precision fp32, in another --out; --class-dir keeps class images")
 
 
 def open_tracker(name: str | None, out: Path, settings: Any, step: int) -> Callable[[dict[str, float], int], None]:

@@ -233,13 +233,6 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def refuse_parent(folder: Path) -> None:
-    """InputError where `folder` is not a model folder but holds some, as a run or the hub's cache does."""
-    if not (folder / "model_index.json").exists():
-        inside = [path.parent for depth in ("*", "*/*") for path in sorted(folder.glob(f"{depth}/model_index.json"))]
-        require(not inside, f"{folder}: not a model folder, but {', '.join(map(str, inside[:5]))} is; give that")
-
-
 def fingerprint(folder: Path, settings: str = "") -> str:
     """A short name for the weights of a model folder together with a text; the end of each file tells apart any two
     models."""
@@ -254,9 +247,15 @@ def fingerprint(folder: Path, settings: str = "") -> str:
 
 
 def model_folder(name: str | Path) -> Path:
-    """The model folder of that name; where it is a run's, the result in it: runs/dog means runs/dog/model."""
-    result = Path(name) / "model"
-    return result if (result / "model_index.json").exists() else Path(name)
+    """The model folder of that name or, where it is a run's, the result in it: runs/dog means runs/dog/model.
+    InputError where it only holds model folders further down, as the hub's cache does."""
+    folder = Path(name)
+    if (folder / "model" / "model_index.json").exists():
+        return folder / "model"
+    if not (folder / "model_index.json").exists():
+        inside = [path.parent for depth in ("*", "*/*") for path in sorted(folder.glob(f"{depth}/model_index.json"))]
+        require(not inside, f"{folder}: not a model folder, but {', '.join(map(str, inside[:5]))} is; give that")
+    return folder
 
 
 def existing_parent(path: Path) -> Path:

@@ -47,7 +47,7 @@ Similarity = Callable[[list[Image.Image], list[Image.Image]], Tensor]  # N and M
 
 BATCH = 20  # pictures drawn at once
 PER_PROMPT = 2  # pictures of the subject for each prompt of the study
-CLASS_PICTURES = 32
+CLASS_IMAGES = 32
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ def paper_table(settings: Settings, sd: StableDiffusion, out: Path) -> None:
     require(len(pictures) > 1, f"--subject {settings.subject}: {len(pictures)} pictures in it, expected more")
     prompts = paper_prompts(noun, sd.info.base.get("name") == TINY_NAME)[:: 5 if settings.quick else 1]
     images = draw(sd, [prompt for prompt in prompts for _ in range(PAPER_PER_PROMPT)], None, "25 prompts")
-    class_images = draw(sd, [class_prompt(noun)] * CLASS_PICTURES, None, class_prompt(noun))
+    class_images = draw(sd, [class_prompt(noun)] * CLASS_IMAGES, None, class_prompt(noun))
     grid(images, PAPER_PER_PROMPT).save(out / "prompts.png")
 
     subject, text = clip.images(pictures), clip.text([prompt.replace(f"{PLACEHOLDER} ", "") for prompt in prompts])
@@ -198,7 +198,7 @@ def paper_table(settings: Settings, sd: StableDiffusion, out: Path) -> None:
     rows = dict(zip(prompts, numbers.tolist())) | {"mean": numbers.mean(0).tolist()}
     print_table(f"{sd.info.class_noun}, {PAPER_PER_PROMPT} pictures a prompt", ["CLIP-I", "CLIP-T", "DIV"],
                 {name: [f"{value:.3f}" for value in values] for name, values in rows.items()})
-    print(f"\nPRES {(clip.images(class_images) @ subject.T).mean():.3f} ({CLASS_PICTURES} pictures of "
+    print(f"\nPRES {(clip.images(class_images) @ subject.T).mean():.3f} ({CLASS_IMAGES} pictures of "
           f"{class_prompt(noun)!r}); the subject's own pictures among themselves: CLIP-I {mean_of_pairs(subject):.3f}")
 
 
@@ -257,7 +257,7 @@ def measure(judge: Judge, similarity: Similarity, name: str, images: list[Image.
 
     In percent: subject fidelity (noun, marking, colours, all; "likeness" is the paper's DINO score with the judge's
     features), prompt fidelity ("prompt": all that the prompt names besides the subject is there), both at once
-    ("recoloured": in another colour, it still has its kind of marking), and of the class pictures "drift" (those that
+    ("recoloured": in another colour, it still has its kind of marking), and of the class images "drift" (those that
     show the subject's colours), PRES (their likeness to the subject, less is better) and DIV (how far they are from one
     another, more is better).
     """
@@ -287,7 +287,7 @@ def draw_taught(folder: Path, name: str, lora: Path | None = None) -> tuple[list
         sd.add_lora(lora)
     prompts = [prompt for prompt, _ in study_prompts(subject) for _ in range(PER_PROMPT)]
     return (draw(sd, prompts, None, f"{name}, {folder.name}"),
-            draw(sd, [class_prompt(subject.noun)] * CLASS_PICTURES, None, f"a {subject.noun}"))
+            draw(sd, [class_prompt(subject.noun)] * CLASS_IMAGES, None, f"a {subject.noun}"))
 
 
 def draw_real(name: str) -> tuple[list[Image.Image], list[Image.Image]]:
@@ -298,7 +298,7 @@ def draw_real(name: str) -> tuple[list[Image.Image], list[Image.Image]]:
         look = replace(subject.look, topper=wanted.get("topper", subject.look.topper),
                        main=COLORS[wanted["color"]] if "color" in wanted else subject.look.main)
         images.append(compose(subject.noun, look, wanted["place"], rng, 64))
-    return images, [render(replace(sample_scene(rng), noun=subject.noun), rng) for _ in range(CLASS_PICTURES)]
+    return images, [render(replace(sample_scene(rng), noun=subject.noun), rng) for _ in range(CLASS_IMAGES)]
 
 
 def run_script(script: str, *arguments: object) -> None:
@@ -376,7 +376,7 @@ class Study:
         return ["--class-prompts", "plain"] if arm.prior == "plain" else []
 
     def teach(self, way: str, name: str, seed: int) -> None:
-        """Teach with train.py, or with diffusers on class pictures that train.py has drawn before; then measure."""
+        """Teach with train.py, or with diffusers on class images that train.py has drawn before; then measure."""
         arm, noun, folder = ARMS[way], SUBJECTS[name].noun, self.out / f"run-{name}-{seed}"
         class_dir = self.out / f"class-{arm.prior}-{name if arm.prior == 'unasked' else noun}-{seed}"
         class_dir.mkdir(exist_ok=True)

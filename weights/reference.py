@@ -2,7 +2,7 @@
 
     python weights/reference.py --images weights/subjects/rex --class dog    # runs/reference, a model folder
 
-It draws class pictures with diffusers' pipeline, or takes those of --class-dir, and trains UNet and text encoder with
+It draws class images with diffusers' pipeline, or takes those of --class-dir, and trains UNet and text encoder with
 prior preservation by the recipe of the model. It needs diffusers: pip install -e ".[test]".
 """
 
@@ -30,7 +30,7 @@ from tinydb.pictures import to_pixels
 from tinydb.pipeline import DEFAULT_IDENTIFIER
 from tinydb.prompts import class_prompt, read_captions, subject_prompts
 
-CLASS_GROUP = 4  # class pictures drawn at once, as train_dreambooth.py does
+CLASS_GROUP = 4  # class images drawn at once, as train_dreambooth.py does
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Settings(Checked):
     class_noun: str = option("dog", "what the subject is", flag="--class", metavar="NOUN")
     weights: str = option(str(ROOT / "weights" / "tiny"), "model folder to start from")
     out: str = option("runs/reference", "model folder to write")
-    class_dir: str | None = option(None, "folder with class pictures (default: draw them)")
+    class_dir: str | None = option(None, "folder with class images (default: draw them)")
     seed: int = option(0, "decides everything random", least=0)
     device: str = option("auto", "cpu, cuda, mps, ... or auto")
 
@@ -66,7 +66,7 @@ def read_pixels(folder: Path, pipeline: StableDiffusionPipeline) -> tuple[Tensor
 
 
 def draw_class_images(pipeline: StableDiffusionPipeline, prompt: str, count: int) -> list[Image.Image]:
-    """Class pictures with the pipeline's defaults: 50 steps, guidance 7.5."""
+    """Class images with the pipeline's defaults: 50 steps, guidance 7.5."""
     images = []
     for first in range(0, count, CLASS_GROUP):
         images += pipeline([prompt] * min(CLASS_GROUP, count - first)).images

@@ -15,6 +15,7 @@ A step of training is `DreamBoothLoss` and the loop in `main`. tinydb/run.py lis
 """
 
 import copy
+import math
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -80,6 +81,9 @@ class Settings(Checked):
                                       cure="; --prior-weight 0 does without them")
     class_dir: str | None = option(None, "class images of your own, or an earlier run's class_images", free=True)
     class_prompts: str | None = option(None, "file of prompts, see weights/class_prompts.txt; or: plain", free=True)
+    frozen_prior: bool | None = option(None, "the class images' target is what the model predicted before training: "
+                                             "keeps the class better with fewer of them in a step, and takes a second "
+                                             "model in memory (default: recipe)", before=False)
     precision: str = option("auto", "of the computation; trained weights are always fp32. auto: bf16 or fp16 on a GPU",
                             choices=("auto", "fp32", "bf16", "fp16"), free=True)
     recompute: bool = option(False, "keep fewer activations and recompute them: less memory, slower", free=True,
@@ -108,12 +112,18 @@ class Settings(Checked):
         usual = recipe.lr_lora if self.lora else recipe.lr_freeze_text if self.freeze_text else recipe.lr
         lr = usual if self.lr is None else self.lr
         lr_text = recipe.lr_text * (lr / recipe.lr) if self.lr_text is None else self.lr_text
-        recipes = {name: getattr(recipe, name) for name in ("steps", "lr_decay", "batch", "save_every", "class_images")
-                   if getattr(self, name) is None}
+        names = ("steps", "lr_decay", "batch", "save_every", "class_images", "frozen_prior")
+        recipes = {name: getattr(recipe, name) for name in names if getattr(self, name) is None}
         return replace(
             self, lr=lr, lr_text=None if self.freeze_text else lr_text, **recipes,
             class_noun=plain_noun(self.class_noun, self.identifier),
             out=self.out or str(Path("runs") / Path(self.images).resolve().name))
+
+    @property
+    def examples(self) -> list[int]:
+        """Pictures of each set in a micro-step. The prediction of a frozen model does not vary with the noise as the
+        noise itself does, so a third as many class images say as much."""
+        return [self.batch, math.ceil(self.batch / 3) if self.frozen_prior else self.batch]
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -123,35 +133,44 @@ class DreamBoothLoss(nn.Module):
     """Text encoder and UNet as one module whose forward is the loss, so that DDP synchronises both at once.
 
     `prompts` holds the prompt of each picture, for each set of them: instance, and class where there is a prior.
+    `frozen` holds copies of both from before training: what they predict is then the target of the class images. On
+    average that is the noise, or v, which usually is their target, but it does not vary with each draw.
     """
 
     def __init__(self, sd: StableDiffusion, prompts: list[list[str]], freeze_text: bool,
-                 lora: nn.ModuleDict | None = None):
+                 lora: nn.ModuleDict | None = None, frozen: nn.ModuleDict | None = None):
         super().__init__()
         self.unet = sd.unet.requires_grad_(lora is None)
         self.text_encoder = sd.text_encoder.requires_grad_(lora is None and not freeze_text)
         self.lora = lora  # the updates in their layers, which are trained instead
+        self.frozen = frozen
         self.schedule = sd.schedule
         distinct = list(dict.fromkeys(prompt for of_set in prompts for prompt in of_set))
         self.prompt_rows = [torch.tensor([distinct.index(prompt) for prompt in of_set]) for of_set in prompts]
         self.prompt_ids = sd.tokenizer.encode(distinct)  # (P, T)
 
     def forward(self, batch: Batch) -> Tensor:
-        """N examples from each of S sets -> the mean squared error of each set, (S,)."""
-        sets, examples = batch.timesteps.shape
-        latents, noise = batch.latents.flatten(0, 1), batch.noise.flatten(0, 1)  # (S * N, C, h, w)
-        timesteps = batch.timesteps.flatten()  # (S * N,)
+        """Examples from S sets, B in all -> the mean squared error of each set, (S,)."""
+        counts = [len(of_set) for of_set in batch.timesteps]
+        latents, noise = torch.cat(batch.latents), torch.cat(batch.noise)  # (B, C, h, w)
+        timesteps = torch.cat(batch.timesteps)  # (B,)
         # a prompt that several examples share goes through the text encoder once
         rows = torch.cat([of_set[chosen] for of_set, chosen in zip(self.prompt_rows, batch.pictures)])
         needed, places = rows.unique(return_inverse=True)
         prompt_ids, places = (to_device(tensor, latents.device) for tensor in (self.prompt_ids[needed], places))
-        text_embeds = self.text_encoder(prompt_ids)[places]  # (S * N, T, C)
+        text_embeds = self.text_encoder(prompt_ids)[places]  # (B, T, C)
 
         noisy_latents = self.schedule.add_noise(latents, noise, timesteps)
         prediction = self.unet(noisy_latents, timesteps, text_embeds)
         target = self.schedule.target(latents, noise, timesteps)
-        squared_error = F.mse_loss(prediction.float(), target.float(), reduction="none")
-        return squared_error.unflatten(0, (sets, examples)).mean(dim=(1, 2, 3, 4))
+        if self.frozen is not None:
+            of_class = slice(counts[0], None)
+            with torch.no_grad():
+                embeds = self.frozen.text_encoder(prompt_ids)[places[of_class]]
+                before = self.frozen.unet(noisy_latents[of_class], timesteps[of_class], embeds)
+            target = torch.cat([target[: counts[0]], before.float()])
+        pairs = zip(prediction.float().split(counts), target.float().split(counts))
+        return torch.stack([F.mse_loss(*of_set) for of_set in pairs])
 
 
 def recompute_activations(model: nn.Module) -> None:
@@ -238,6 +257,9 @@ def start_processes(name: str) -> tuple[int, int, torch.device]:
 def trainable(sd: StableDiffusion, prompts: list[list[str]], settings: Settings,
               dtype: torch.dtype) -> tuple[DreamBoothLoss, torch.optim.Optimizer]:
     """The loss as one module, and AdamW over what of it is learnt: the model itself, or low-rank updates of it."""
+    frozen = None
+    if settings.frozen_prior and len(prompts) > 1:
+        frozen = copy.deepcopy(nn.ModuleDict({"unet": sd.unet, "text_encoder": sd.text_encoder})).to(dtype)
     learnt = {"unet": sd.unet} if settings.freeze_text else {"unet": sd.unet, "text_encoder": sd.text_encoder}
     lora = None
     if settings.lora:
@@ -246,7 +268,7 @@ def trainable(sd: StableDiffusion, prompts: list[list[str]], settings: Settings,
         learnt = attach(learnt, settings.lora, settings.seed)
         lora = nn.ModuleDict({name: update for updates in learnt.values() for name, update in updates.items()})
     layout = torch.contiguous_format if sd.device.type == "mps" else torch.channels_last  # there wrong: pytorch#193349
-    loss = DreamBoothLoss(sd, prompts, settings.freeze_text, lora).to(memory_format=layout)
+    loss = DreamBoothLoss(sd, prompts, settings.freeze_text, lora, frozen).to(memory_format=layout)
     if settings.offload:
         loss.to("cpu")
     param_groups = [{"params": list(module.parameters()), "initial_lr": rate}
@@ -347,11 +369,12 @@ def main(settings: Settings) -> None:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * min(1, (settings.steps - step) / decay_steps)
         # One batch for all processes and micro-steps, which take their parts: any split of it is the same step.
-        examples = settings.batch * settings.accumulate * world_size
-        batch = random_batch(sets, examples, num_timesteps, settings.seed, step)
+        parts = settings.accumulate * world_size
+        counts = [parts * count for count in settings.examples[: len(sets)]]
+        batch = random_batch(sets, counts, num_timesteps, settings.seed, step)
         sums = torch.zeros(len(sets) + 1, device=device)  # the losses, and whether anyone asked to stop
         for micro_step in range(settings.accumulate):
-            part = batch.part(rank * settings.accumulate + micro_step, settings.batch).to(device)
+            part = batch.part(rank * settings.accumulate + micro_step, parts).to(device)
             last = micro_step == settings.accumulate - 1
             # DDP averages the gradients of all processes in the last of the backward passes
             with nullcontext() if last or world_size == 1 else parallel.no_sync():

@@ -294,7 +294,7 @@ def loss_on_fixed_noise(sd: tinydb.StableDiffusion, run: Path) -> float:
     config, [class_images] = json.loads((run / "config.json").read_text()), (run / "class_images").iterdir()
     sets = [Latents.of(read_pictures(folder, sd.resolution)[0].values(), sd.vae, sd.device)
             for folder in (Path(config["images"]), class_images)]
-    batch = random_batch(sets, 8, sd.schedule.config.num_train_timesteps, 0, 2**31)
+    batch = random_batch(sets, [8, 8], sd.schedule.config.num_train_timesteps, 0, 2**31)
     prompts = [[prompt] * len(known.mean) for prompt, known in zip(("a photo of ohwx dog", "a photo of a dog"), sets)]
     return train.DreamBoothLoss(sd, prompts, False)(batch).sum().item()
 

@@ -270,24 +270,25 @@ def numbered(count: int, start: int = 0, std: float = 0.0) -> Latents:
     return Latents(mean, torch.full_like(mean, std))
 
 
-def batch_of(count: int, *, seed: int = 0, step: int = 0) -> Batch:
-    """The batch of a step on three instance and five class images."""
-    return random_batch([numbered(3), numbered(5, start=10)], count, 1000, seed, step)
+def batch_of(count: int, classes: int = 0, *, seed: int = 0, step: int = 0) -> Batch:
+    """The batch of a step on three instance and five class images, as many of each or another number of these."""
+    return random_batch([numbered(3), numbered(5, start=10)], [count, classes or count], 1000, seed, step)
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
     """And leaves the global generator alone."""
     torch.manual_seed(1)
     first, following = batch_of(4, seed=3, step=7), torch.rand(3)
-    assert torch.equal(first.noise, batch_of(4, seed=3, step=7).noise)
+    same = batch_of(4, seed=3, step=7)
+    assert all(torch.equal(*pair) for pair in zip(first.noise + first.timesteps, same.noise + same.timesteps))
     for other in (batch_of(4, seed=3, step=8), batch_of(4, seed=4, step=7), batch_of(4, seed=7, step=3)):
-        assert not torch.equal(first.noise, other.noise) and not torch.equal(first.timesteps, other.timesteps)
+        assert not any(torch.equal(*pair) for pair in zip(first.noise + first.timesteps, other.noise + other.timesteps))
     torch.manual_seed(1)
     assert torch.equal(following, torch.rand(3))
 
 
 def test_no_picture_comes_twice_before_each_came_once():
-    instance, classes = batch_of(7).pictures.tolist()
+    instance, classes = (pictures.tolist() for pictures in batch_of(7).pictures)
     assert sorted(instance[:3]) == sorted(instance[3:6]) == [0, 1, 2]
     assert sorted(classes[:5]) == [0, 1, 2, 3, 4]
 
@@ -297,31 +298,35 @@ def test_order_differs_from_step_to_step():
 
 
 def test_a_batch_knows_its_pictures_and_gives_its_parts():
-    batch = batch_of(6)
-    assert torch.equal(batch.latents[:, :, 0, 0, 0], batch.pictures + torch.tensor([[0], [10]]))
-    parts = [batch.part(i, 2) for i in range(3)]
+    batch = batch_of(12, 6)
+    for start, latents, pictures in zip((0, 10), batch.latents, batch.pictures):
+        assert torch.equal(latents[:, 0, 0, 0], pictures + start)
+    parts = [batch.part(i, 3) for i in range(3)]
+    assert [[len(of_set) for of_set in part.timesteps] for part in parts] == [[4, 2]] * 3
     for name in ("pictures", "latents", "noise", "timesteps"):
-        assert torch.equal(torch.cat([getattr(part, name) for part in parts], 1), getattr(batch, name))
+        for i, whole in enumerate(getattr(batch, name)):
+            assert torch.equal(torch.cat([getattr(part, name)[i] for part in parts]), whole)
 
 
 def test_every_example_has_noise_of_its_own():
-    noise = batch_of(500).noise
-    assert noise.shape == (2, 500, 4, 8, 8)
-    assert len(noise.flatten(0, 1).flatten(1).unique(dim=0)) == 1000
+    noise = torch.cat(batch_of(700, 300).noise)
+    assert noise.shape == (1000, 4, 8, 8)
+    assert len(noise.flatten(1).unique(dim=0)) == 1000
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
 
 
 def test_every_timestep_comes_equally_often():
-    timesteps = random_batch([numbered(1), numbered(1)], 5000, 10, seed=0, step=0).timesteps
-    assert torch.equal(timesteps.unique(), torch.arange(10)) and not torch.equal(timesteps[0], timesteps[1])
-    assert all(900 < count < 1100 for count in timesteps.flatten().bincount().tolist())
+    instance, classes = random_batch([numbered(1), numbered(1)], [5000, 5000], 10, seed=0, step=0).timesteps
+    counts = torch.cat([instance, classes]).bincount().tolist()
+    assert len(counts) == 10 and all(900 < count < 1100 for count in counts) and not torch.equal(instance, classes)
 
 
 def test_latents_are_drawn_from_the_posterior():
     """Their noise has nothing to do with the noise that is added."""
-    batch = random_batch([numbered(1, start=3, std=0.5)], 300, 1000, seed=0, step=0)
-    assert abs(batch.latents.mean() - 3) < 0.01 and abs(batch.latents.std() - 0.5) < 0.01
-    assert abs(torch.corrcoef(torch.stack([batch.latents.flatten(), batch.noise.flatten()]))[0, 1]) < 0.05
+    batch = random_batch([numbered(1, start=3, std=0.5)], [300], 1000, seed=0, step=0)
+    [latents], [noise] = batch.latents, batch.noise
+    assert abs(latents.mean() - 3) < 0.01 and abs(latents.std() - 0.5) < 0.01
+    assert abs(torch.corrcoef(torch.stack([latents.flatten(), noise.flatten()]))[0, 1]) < 0.05
 
 
 # ------------------------------------------------------------------------------------ pictures for people

@@ -107,7 +107,7 @@ def test_stop_of_any_rank_stops_all(line, tmp_path, asked):
     assert not (out / "model").exists() and "--resume" in runs[0].message.split("\n")[-1]
 
 
-@pytest.mark.parametrize("more", [{"sample_every": 1}, {"lora": 2, "recompute": True},
+@pytest.mark.parametrize("more", [{"sample_every": 1, "frozen_prior": True}, {"lora": 2, "recompute": True},
                                   {"offload": True, "freeze_text": True, "precision": "bf16"}], ids=str)
 def test_resumed_ranks_end_in_the_same_bytes(line, tmp_path, more):
     settings = {"accumulate": 2, **more}

@@ -84,10 +84,11 @@ def stopped_at_step(teach, step: int, out: Path, **settings) -> Path:
 
 @pytest.mark.parametrize("settings", [
     {"accumulate": 2, "sample_every": 1, "lr_decay": 1.0}, {"freeze_text": True, "precision": "bf16"},
-    {"precision": "fp16"},
+    {"precision": "fp16"}, {"frozen_prior": True, "batch": 4}, {"frozen_prior": True, "lora": 2, "precision": "bf16"},
     {"recompute": True, "prior_weight": 0.0}, {"save_every": 0}, {"lora": 2, "precision": "bf16", "lr": 1e-2},
     {"lora": 1, "recompute": True, "accumulate": 2, "freeze_text": True, "precision": "fp16"},
-    {"offload": True, "precision": "bf16"}, {"offload": True, "precision": "fp16", "accumulate": 2, "recompute": True},
+    {"offload": True, "precision": "bf16", "frozen_prior": True},
+    {"offload": True, "precision": "fp16", "accumulate": 2, "recompute": True},
 ], ids=" ".join)
 def test_stopped_and_resumed_run_ends_in_the_same_bytes(teach, tmp_path, settings):
     """As one that was left alone."""
@@ -298,7 +299,7 @@ def refused(teach, out: Path, **settings) -> str:
     ("seed", 0, 1), ("lr", 1e-3, 2e-3), ("lr_decay", 0.0, 0.5), ("lr_text", 5e-4, 2e-3), ("batch", 2, 3),
     ("accumulate", 1, 2),
     ("prior_weight", 1.0, 0.5), ("class_images", 5, 6), ("class_noun", "dog", "cat"), ("identifier", "ohwx", "zwx"),
-    ("freeze_text", False, True), ("compile", False, True),
+    ("freeze_text", False, True), ("compile", False, True), ("frozen_prior", False, True),
 ])
 def test_changed_option_is_named_alone(teach, begun, name, before, now):
     text = refused(teach, begun, **{name: now})

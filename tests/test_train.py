@@ -100,7 +100,7 @@ VARIED = [["a photo of ohwx dog", "a red ohwx dog", "ohwx"],
 def test_loss_and_gradients_are_those_of_diffusers(pairs, kind, prompts):
     """One kind of model predicts the noise, the other v; all pictures of a set have one prompt, or each its own."""
     pair = pairs(kind)
-    batch = random_batch(random_sets(pair), 3, 1000, seed=0, step=0)
+    batch = random_batch(random_sets(pair), [3, 2], 1000, seed=0, step=0)
     unet, text_encoder = trainable_reference(pair)
     expected = dreambooth_losses(unet, text_encoder, pair, batch, prompts)
     (expected[0] + 0.7 * expected[1]).backward()
@@ -111,6 +111,27 @@ def test_loss_and_gradients_are_those_of_diffusers(pairs, kind, prompts):
     reference = by_our_names(unet, text_encoder)
     ours = dict(model.named_parameters())
     assert distance([ours[name].grad for name in reference], [p.grad for p in reference.values()]) < 1e-5
+
+
+def test_frozen_prior_holds_the_class_to_what_the_model_predicted(pairs):
+    """By diffusers' UNet and text encoder as they were, under each class image's own prompt."""
+    pair = pairs("sd2")
+    batch, sd = random_batch(random_sets(pair), [3, 2], 1000, seed=0, step=0), tinydb.load(pair.folder)
+    frozen = nn.ModuleDict({"unet": sd.unet, "text_encoder": sd.text_encoder})
+    model = DreamBoothLoss(sd, VARIED, freeze_text=False, frozen=copy.deepcopy(frozen))
+    assert model(batch)[1] < 1e-10  # nothing is learnt yet
+    with torch.no_grad():
+        for parameter in [*sd.unet.parameters(), *sd.text_encoder.parameters()]:
+            parameter.mul_(1.1)
+    unet, text_encoder = trainable_reference(pair)
+    noisy = sd.schedule.add_noise(batch.latents[1], batch.noise[1], batch.timesteps[1])
+    ids = sd.tokenizer.encode([VARIED[1][i] for i in batch.pictures[1]])
+    before = unet(noisy, batch.timesteps[1], text_encoder(ids)[0]).sample
+    now = sd.unet(noisy, batch.timesteps[1], sd.text_encoder(ids))
+    losses = model(batch)
+    torch.testing.assert_close(losses[1], F.mse_loss(now, before), rtol=1e-4, atol=0)
+    losses[1].backward()
+    assert all(p.grad is None for p in model.frozen.parameters()) and sd.unet.conv_in.weight.grad.norm() > 0
 
 
 @pytest.mark.parametrize("settings, prior_weight", [
@@ -132,7 +153,7 @@ def test_two_steps_are_those_of_a_plain_loop(teach, pairs, photos, tmp_path, set
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
     before = {name: p.detach().clone() for name, p in by_our_names(unet, text_encoder).items()}
     for step in range(2):
-        batch = random_batch(sets, 4, 1000, 0, step)
+        batch = random_batch(sets, [4] * len(sets), 1000, 0, step)
         losses = dreambooth_losses(unet, text_encoder, pair, batch, [[PROMPTS[0]] * 3, [PROMPTS[1]] * 5])
         sum(weight * loss for weight, loss in zip([1, prior_weight], losses)).backward()
         norm = nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
@@ -159,8 +180,8 @@ def test_two_steps_are_those_of_a_plain_loop(teach, pairs, photos, tmp_path, set
 
 
 def test_every_timestep_is_taken(pairs):
-    batch = random_batch(random_sets(pairs("nano")), 100, num_timesteps=10, seed=0, step=0)
-    assert set(batch.timesteps.flatten().tolist()) == set(range(10))
+    batch = random_batch(random_sets(pairs("nano")), [100, 100], num_timesteps=10, seed=0, step=0)
+    assert all(set(timesteps.tolist()) == set(range(10)) for timesteps in batch.timesteps)
 
 
 def test_loss_is_computed_in_fp32(pairs):
@@ -168,12 +189,12 @@ def test_loss_is_computed_in_fp32(pairs):
     pair, predictions = pairs("nano"), []
     model = DreamBoothLoss(tinydb.load(pair.folder), of_each(PROMPTS), freeze_text=False)
     model.unet.register_forward_hook(lambda unet, inputs, output: predictions.append(output))
-    batch = random_batch(random_sets(pair), 2, 1000, seed=0, step=0)
+    batch = random_batch(random_sets(pair), [2, 2], 1000, seed=0, step=0)
     with torch.autocast("cpu", torch.bfloat16):
         losses = model(batch)
     [prediction] = predictions
     assert prediction.dtype == torch.bfloat16 and losses.dtype == torch.float32
-    error = prediction.double() - batch.noise.double().flatten(0, 1)
+    error = prediction.double() - torch.cat(batch.noise).double()
     expected = error.square().unflatten(0, (2, 2)).mean(dim=(1, 2, 3, 4))
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=0)
 
@@ -278,7 +299,7 @@ def test_config_tells_everything_that_ran(taught, photos, nano):
     assert config.pop("run").keys() == {"world_size", "device", "precision", "pictures", "model"}
     settings = asdict(Settings(
         images=str(photos), class_noun="dog", weights=str(nano), out=str(taught), steps=5, batch=3, lr=1e-3,
-        lr_text=5e-4, lr_decay=0.0, class_images=5, save_every=2, sample_every=2, device="cpu"))
+        lr_text=5e-4, lr_decay=0.0, frozen_prior=False, class_images=5, save_every=2, sample_every=2, device="cpu"))
     assert config.items() <= settings.items() and settings.keys() - config.keys() == {"resume", "config"}
 
 

@@ -75,29 +75,30 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 @dataclass
 class Batch:
-    """Everything random in one training step: N examples from each of S sets of pictures, instance and then class.
+    """Everything random in one training step: examples from each set of pictures, instance and then class. Each field
+    has a tensor for each set.
 
     `pictures` says which picture of its set each example is, so that anything known of a picture can be looked up.
     """
 
-    pictures: Tensor  # (S, N)
-    latents: Tensor  # (S, N, C, h, w)
-    noise: Tensor  # (S, N, C, h, w)
-    timesteps: Tensor  # (S, N)
+    pictures: list[Tensor]  # (N,)
+    latents: list[Tensor]  # (N, C, h, w)
+    noise: list[Tensor]  # (N, C, h, w)
+    timesteps: list[Tensor]  # (N,)
 
-    def part(self, index: int, count: int) -> "Batch":
-        """Examples `index` * `count` to (`index` + 1) * `count` of every set: the share of one micro-step."""
-        examples = slice(index * count, (index + 1) * count)
-        return Batch(*(tensor[:, examples] for tensor in (self.pictures, self.latents, self.noise, self.timesteps)))
+    def part(self, index: int, parts: int) -> "Batch":
+        """One of `parts` equal parts of every set: the share of a micro-step."""
+        fields = (self.pictures, self.latents, self.noise, self.timesteps)
+        return Batch(*([tensor.chunk(parts)[index] for tensor in of_sets] for of_sets in fields))
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device, but for `pictures`, with which one looks things up here."""
-        tensors = (self.latents, self.noise, self.timesteps)
-        return Batch(self.pictures, *(to_device(tensor, device) for tensor in tensors))
+        fields = (self.latents, self.noise, self.timesteps)
+        return Batch(self.pictures, *([to_device(tensor, device) for tensor in of_sets] for of_sets in fields))
 
 
-def random_batch(sets: list[Latents], count: int, num_timesteps: int, seed: int, step: int) -> Batch:
-    """`count` examples from each of `sets`, with their noise and timesteps.
+def random_batch(sets: list[Latents], counts: list[int], num_timesteps: int, seed: int, step: int) -> Batch:
+    """As many examples from each of `sets` as `counts` says, with their noise and timesteps.
 
     Everything comes from one CPU generator that depends on seed and step alone: a resumed run, and any split of the
     examples over processes and micro-steps, sees the same numbers.
@@ -105,7 +106,7 @@ def random_batch(sets: list[Latents], count: int, num_timesteps: int, seed: int,
     state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]) >> 1)
     pictures, latents = [], []
-    for known in sets:
+    for known, count in zip(sets, counts):
         total = len(known.mean)
         # whole permutations, so that within a step no picture comes twice before each came once
         passes = [torch.randperm(total, generator=generator) for _ in range(math.ceil(count / total))]
@@ -113,7 +114,6 @@ def random_batch(sets: list[Latents], count: int, num_timesteps: int, seed: int,
         posterior_noise = torch.randn(known.mean[chosen].shape, generator=generator)
         pictures.append(chosen)
         latents.append(known.mean[chosen] + known.std[chosen] * posterior_noise)
-    latents = torch.stack(latents)
-    noise = torch.randn(latents.shape, generator=generator)
-    timesteps = torch.randint(num_timesteps, latents.shape[:2], generator=generator)
-    return Batch(torch.stack(pictures), latents, noise, timesteps)
+    noise = torch.randn(sum(counts), *latents[0].shape[1:], generator=generator)
+    timesteps = torch.randint(num_timesteps, (sum(counts),), generator=generator)
+    return Batch(pictures, latents, list(noise.split(counts)), list(timesteps.split(counts)))

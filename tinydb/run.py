@@ -304,13 +304,15 @@ def memory_plan(sd: StableDiffusion, settings: Any, dtype: torch.dtype, world_si
         weights, gradients, optimizer, copies = low, dtype.itemsize * trained, 0, 0
     elif dtype == torch.float32 or settings.recompute:
         copies = 0
-    config, pictures = sd.unet.config, settings.batch * (2 if settings.prior_weight else 1)
+    config, pictures = sd.unet.config, sum(settings.examples[: 2 if settings.prior_weight else 1])
     kept = KEPT * pictures * config.block_out_channels[0] * config.sample_size**2 * dtype.itemsize
     activations = kept / 8 if settings.recompute else kept
     # the backward pass frees activations as it makes gradients; those of an earlier micro-step, and DDP's buckets, stay
     at_once = sum if settings.accumulate > 1 or world_size > 1 else max
-    in_all = weights + optimizer + at_once([gradients, copies + activations])
-    sizes = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "low-precision copies": copies,
+    frozen = settings.frozen_prior and settings.prior_weight > 0
+    before = low if frozen else 0
+    in_all = weights + before + optimizer + at_once([gradients, copies + activations])
+    sizes = {"weights": weights, "the model before training": before, "gradients": gradients, "optimizer": optimizer, "low-precision copies": copies,
              "activations": activations}
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items() if size)
     return f"memory in GB: {parts}; at once {in_all / 1e9:.2f}, and on a GPU some 0.7 for CUDA itself"

@@ -21,7 +21,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -44,13 +43,12 @@ from tinydb.lora import LORA_FILE, attach, save_lora
 from tinydb.pictures import no_picture_in, pictures_digest
 from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, load
 from tinydb.prompts import prompt_remarks, read_captions, subject_prompts
-from tinydb.run import Run, StopSignal, check_finite, memory_plan
+from tinydb.run import Run, StopSignal, check_finite, check_shared_device, memory_plan
 from tinydb.scores import choose_clip, open_scorer
 from tinydb.storage import WEIGHT_FILES, check_tensors, model_folder, read_tensors, save_tensors, written_whole
 from tinydb.unet import Transformer2DModel
 
 TINY = Path(__file__).parent / "weights" / "tiny"
-MIN_SCALE = 1e-3  # of fp16's gradients; it starts at 65536, and below this they have vanished
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -81,9 +79,8 @@ class Settings(Checked):
                                       cure="; --prior-weight 0 does without them")
     class_dir: str | None = option(None, "class images of your own, or an earlier run's class_images", free=True)
     class_prompts: str | None = option(None, "file of prompts, see weights/class_prompts.txt; or: plain", free=True)
-    frozen_prior: bool | None = option(None, "the class images' target is what the model predicted before training: "
-                                             "keeps the class better with fewer of them in a step, and takes a second "
-                                             "model in memory (default: recipe)", before=False)
+    frozen_prior: bool | None = option(None, "hold class images to what the model predicted before training: the class "
+                                             "stays better, two models are in memory (default: recipe)", before=False)
     precision: str = option("auto", "of the computation; trained weights are always fp32. auto: bf16 or fp16 on a GPU",
                             choices=("auto", "fp32", "bf16", "fp16"), free=True)
     recompute: bool = option(False, "keep fewer activations and recompute them: less memory, slower", free=True,
@@ -106,8 +103,6 @@ class Settings(Checked):
         """These settings with the recipe's numbers where nothing was given; InputError for what is missing."""
         require(bool(self.images), "--images is missing; expected a folder with 3 to 6 pictures of your subject")
         require(bool(self.class_noun.strip()), "--class is missing; expected what your subject is, such as dog")
-        require(self.log is None or find_spec(self.log) is not None,
-                f"--log {self.log}: not installed; run `pip install {self.log}`")
         require(not (self.lora and self.offload), "--offload: with --lora there is little to offload; leave it out")
         usual = recipe.lr_lora if self.lora else recipe.lr_freeze_text if self.freeze_text else recipe.lr
         lr = usual if self.lr is None else self.lr
@@ -239,15 +234,12 @@ def start_processes(name: str) -> tuple[int, int, torch.device]:
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and torch.cuda.is_available() and name in ("auto", "cuda"):
-        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-        require(here <= gpus, f"torchrun started {here} processes on {gpus} GPUs; use --nproc_per_node {gpus}")
+        gpus = torch.cuda.device_count()
+        require(int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus, f"not as many GPUs here; use --nproc_per_node {gpus}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
     device = choose_device(name)
     if world_size > 1:
-        require(device.index is None, f"--device {device} for {world_size} processes: each takes a GPU of its own; "
-                                      f"give --device {device.type}")
-        require(device.type != "mps",
-                f"--device mps for {world_size} processes: it cannot add up gradients; start one, without torchrun")
+        check_shared_device(device, world_size)
         own = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else None
         # patient enough for ranks that wait while one draws class images or writes a checkpoint
         dist.init_process_group("nccl" if own else "gloo", timeout=timedelta(hours=2), device_id=own)
@@ -355,7 +347,6 @@ def main(settings: Settings) -> None:
         model.unet.compile()
     parallel = joined(model, dtype, settings.compile) if world_size > 1 else model
 
-    num_timesteps = sd.schedule.config.num_train_timesteps
     if rank == 0:
         run.open_log(state["step"], settings.log, settings)
         if scorer.clip and state["step"] == 0:  # what scores are measured against
@@ -371,7 +362,7 @@ def main(settings: Settings) -> None:
         # One batch for all processes and micro-steps, which take their parts: any split of it is the same step.
         parts = settings.accumulate * world_size
         counts = [parts * count for count in settings.examples[: len(sets)]]
-        batch = random_batch(sets, counts, num_timesteps, settings.seed, step)
+        batch = random_batch(sets, counts, sd.schedule.config.num_train_timesteps, settings.seed, step)
         sums = torch.zeros(len(sets) + 1, device=device)  # the losses, and whether anyone asked to stop
         for micro_step in range(settings.accumulate):
             part = batch.part(rank * settings.accumulate + micro_step, parts).to(device)
@@ -397,9 +388,7 @@ def main(settings: Settings) -> None:
 
         *losses, asked_to_stop = sums.tolist()  # here alone the CPU waits for the GPU: all of the step is in its queue
         state["step"] = done = step + 1
-        check_finite(losses, done, settings.lr)
-        vanished = scaler.is_enabled() and scaler.get_scale() < MIN_SCALE
-        require(not vanished, f"step {done}: the gradients overflow fp16 at any scale; give --precision fp32 or bf16")
+        check_finite(losses, scaler, done, settings.lr)
 
         if rank == 0:
             due = done == settings.steps or (settings.save_every > 0 and done % settings.save_every == 0)
@@ -408,7 +397,7 @@ def main(settings: Settings) -> None:
             progress.set_postfix({name: f"{value:.4f}" for name, value in values.items()}, refresh=False)
             if due or asked_to_stop:
                 with torch.no_grad(), autocast():
-                    check_finite(model(part).tolist(), done, settings.lr)  # of the weights that would be saved
+                    check_finite(model(part).tolist(), scaler, done, settings.lr)  # of the weights that would be saved
             if previewing or due and scorer.clip:
                 values |= scorer.note(state["scores"], done, run.preview(shown, scorer.prompts, done, autocast))
             run.log(done, values)
@@ -431,8 +420,6 @@ def main(settings: Settings) -> None:
         with written_whole(run.result(settings)) as path:
             write_result(path, sd, weights, masters.lora)
         run.finish(settings, scorer.advice(state["scores"], run, LORA_FILE if masters.lora else ""))
-    if world_size > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

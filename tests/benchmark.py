@@ -155,7 +155,8 @@ def our_step(model: Model, batch: int) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(groups, recipe.lr, weight_decay=0.01, fused=True)
 
     def step() -> None:
-        examples = random_batch([latents, latents], [batch, batch], sd.schedule.config.num_train_timesteps, seed=0, step=0)
+        timesteps = sd.schedule.config.num_train_timesteps
+        examples = random_batch([latents, latents], [batch, batch], timesteps, seed=0, step=0)
         with autocast():
             losses = loss(examples.to(model.device))
         losses.sum().backward()

@@ -233,6 +233,12 @@ def extra(name: str) -> Iterator[None]:
         tqdm.write(f"no {name} this time: {error}", file=sys.stderr)
 
 
+def leave_processes() -> None:
+    """Part from the other processes of a run, where there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or the CPU, had no memory left; PyTorch has no one class for that."""
     return any(words in str(error) for words in ("out of memory", "allocate memory", "could not create a primitive"))
@@ -250,11 +256,11 @@ def run(main: Callable[[Any], None], settings: type, doc: str | None, *, out_of_
     try:
         given = parser.parse(sys.argv[1:])
         main(parser.parse(sys.argv[1:], defaults(given)))
+        leave_processes()
     except InputError as error:
         parser.fail(2, str(error))
     except Stopped as stopped:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_processes()
         parser.exit(130, f"\n{stopped}\n" if str(stopped) else None)
     except KeyboardInterrupt:
         parser.exit(130, "\n")

@@ -13,6 +13,7 @@ import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from tinydb.pipeline import StableDiffusion
 from tinydb.report import sample_command, write_report
 from tinydb.storage import check_free_disk, lock, remove, written_whole
 from tinydb.tokenizer import PLACEHOLDER
+
+
+MIN_SCALE = 1e-3  # of fp16's gradients; it starts at 65536, and below this they have vanished
 
 
 class StopSignal:
@@ -77,6 +81,8 @@ class Run:
     def begin(self, rank: int, sd: StableDiffusion, settings: Any, facts: dict[str, Any]) -> None:
         """Make OUT this run's, for all processes: the first claims it, the others wait for that. InputError in each
         of them where they differ, or do not see OUT."""
+        require(settings.log is None or find_spec(settings.log) is not None,
+                f"--log {settings.log}: not installed; run `pip install {settings.log}`")
         self.compare_processes(settings, facts)
         if rank == 0:
             self.check_disk(sd, settings)
@@ -252,11 +258,22 @@ class Run:
               f"    {sample_command(self.result(settings), settings.class_noun)}\n\n{advice}", end="")
 
 
-def check_finite(losses: list[float], step: int, lr: float) -> None:
-    """InputError, which ends the run, where losses are no longer numbers."""
+def check_finite(losses: list[float], scaler: torch.amp.GradScaler, step: int, lr: float) -> None:
+    """InputError, which ends the run, where losses are no longer numbers, or gradients overflow fp16 by any scale."""
     require(all(map(math.isfinite, losses)),
             f"step {step}: the loss is {losses}; this step is not saved, checkpoints before it are. Start again with a "
             f"lower --lr than {lr} or --precision fp32, in another --out; --class-dir keeps class images")
+
+    require(not scaler.is_enabled() or scaler.get_scale() >= MIN_SCALE,
+            f"step {step}: the gradients overflow fp16 at any scale; give --precision fp32 or bf16")
+
+
+def check_shared_device(device: torch.device, world_size: int) -> None:
+    """InputError for a device that several processes cannot train on."""
+    require(device.index is None, f"--device {device} for {world_size} processes: each takes a GPU of its own; "
+                                  f"give --device {device.type}")
+    require(device.type != "mps",
+            f"--device mps for {world_size} processes: it cannot add up gradients; start one, without torchrun")
 
 
 def open_tracker(name: str | None, out: Path, settings: Any, step: int) -> Callable[[dict[str, float], int], None]:
@@ -312,7 +329,7 @@ def memory_plan(sd: StableDiffusion, settings: Any, dtype: torch.dtype, world_si
     frozen = settings.frozen_prior and settings.prior_weight > 0
     before = low if frozen else 0
     in_all = weights + before + optimizer + at_once([gradients, copies + activations])
-    sizes = {"weights": weights, "the model before training": before, "gradients": gradients, "optimizer": optimizer, "low-precision copies": copies,
-             "activations": activations}
+    sizes = {"weights": weights, "the model before training": before, "gradients": gradients, "optimizer": optimizer,
+             "low-precision copies": copies, "activations": activations}
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items() if size)
     return f"memory in GB: {parts}; at once {in_all / 1e9:.2f}, and on a GPU some 0.7 for CUDA itself"

@@ -61,14 +61,13 @@ class Arm:
 
 
 ARMS = {  # in the order in which they are run: what matters most comes first
-    "the recipe": Arm(), "plain prior, no captions (the paper)": Arm(captions=False, prior="plain"),
-    "no captions": Arm(captions=False), "plain prior": Arm(prior="plain"),
-    "prior that names nothing asked": Arm(prior="unasked"), "constant rate": Arm(("--lr-decay", "0")),
-    "LoRA of rank 8": Arm(("--lora", "8")),
-    "diffusers (the paper)": Arm(captions=False, prior="plain", diffusers=True),
-    "diffusers, captions and varied prior": Arm(diffusers=True),
+    "the recipe": Arm(), "the paper": Arm(("--no-frozen-prior", "--lr-decay", "0"), captions=False, prior="plain"),
+    "LoRA of rank 8": Arm(("--lora", "8")), "diffusers (the paper)": Arm(captions=False, prior="plain", diffusers=True),
+    "prior of noise": Arm(("--no-frozen-prior",)), "no captions": Arm(captions=False),
+    "plain prior": Arm(prior="plain"), "prior that names nothing asked": Arm(prior="unasked"),
+    "constant rate": Arm(("--lr-decay", "0")), "diffusers, captions and varied prior": Arm(diffusers=True),
     "no prior loss": Arm(("--prior-weight", "0")), "UNet alone": Arm(("--freeze-text",)),
-    "half the steps": Arm(("--steps", "90")), "twice the steps": Arm(("--steps", "360")),
+    "half the steps": Arm(("--steps", "60")), "twice the steps": Arm(("--steps", "240")),
 }
 TIERS = (2, 4, len(ARMS))  # so many arms get all of their seeds before the others begin
 

@@ -56,8 +56,16 @@ SCHEDULE = ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="sca
                           prediction_type="v_prediction")
 # What DreamBooth on this model uses: two minutes on two cores. Class images with hardly any guidance are what the model
 # believes; with 3, all are of the same kind, and learning from them narrows the class and hides the subject.
-RECIPE = Recipe(steps=180, batch=4, lr=3e-4, lr_text=3e-5, lr_freeze_text=3e-4, save_every=45, class_images=96,
-                class_steps=10, class_guidance=1.5, sample_steps=30, guidance=4.0)
+RECIPE = Recipe(  # how to teach this model a subject, found by the study in evaluate.py
+    steps=120, batch=6, lr=4e-4, lr_text=4e-5, lr_freeze_text=4e-4, lr_lora=5e-3, lr_decay=0.5, save_every=40,
+    frozen_prior=True, class_images=48, class_steps=10, class_guidance=1.5, sample_steps=30, guidance=3.0,
+    class_prompts=(
+        "a red {noun} on the moon", "an orange {noun} in the forest wearing a red hat", "a yellow {noun} under the sea",
+        "a green {noun} on the grass wearing a red hat", "a blue {noun} in the snow",
+        "a purple {noun} in the desert wearing a red hat", "a pink {noun} at night",
+        "a brown {noun} on the beach wearing a red hat", "a black {noun} in the city",
+        "a white {noun} in a room wearing a red hat", "a red {noun} on the beach wearing a red hat",
+        "an orange {noun} in the city"))
 PREVIEW_PROMPTS = [
     "a red dog on the moon", "a blue cat on the beach", "a yellow spotted robot in the snow", "a green car at night",
     "a white house in the forest", "a pink striped fish under the sea", "an orange boat in a room",

@@ -27,7 +27,6 @@ OURS = [words for words in COMMANDS if words[0] in ("python", "torchrun") and SC
 ELSEWHERE = "sd1", "openai", "downloaded", "checkpoints"  # from the hub, or after a long training
 OFFLINE = [words for words in OURS if not any(name in word for word in words for name in ELSEWHERE)]
 FEW = {"train.py": ["--steps", "2", "--class-images", "2"], "sample.py": ["--steps", "2"], "convert_weights.py": []}
-PYTHON = [block for language, block in BLOCKS if language == "python"]
 IDEA = re.search(r"^## The idea alone$.*?^```python\n(.*?)^```$", README, re.M | re.S)[1]
 
 
@@ -66,10 +65,10 @@ def clone(tmp_path, monkeypatch) -> None:
     shutil.copytree(ROOT / "weights" / "subjects" / "pip", "my_teapot")
 
 
-def run(words: list[str]) -> str:
+def run(words: list[str], *more: str) -> str:
     """Run a command with few steps, in a process of its own; what it said on stderr."""
     script, given = split(words)
-    process = start(Path("output").absolute(), script, *given, *FEW[script], prepare=partial(os.chdir, Path.cwd()))
+    process = start(Path("output").absolute(), script, *given, *FEW[script], *more, prepare=partial(os.chdir, Path.cwd()))
     assert process.wait() == 0, f"{shlex.join(words)}\n{process.message}"
     return process.message
 
@@ -83,20 +82,14 @@ def test_commands_run_one_after_the_other(clone):
     assert len(list(Path("samples").glob("*-V-dog-on-the-moon.png"))) == 4
 
 
-def test_python_before_the_idea(clone):
-    for code in PYTHON:
-        if code != IDEA:
-            exec(code, {})
-    assert Path("denoising.png").is_file()
-
-
 def test_the_idea_alone_is_what_train_does(clone, one_thread):
-    """Two steps of either move the weights to the same place, without captions and with the paper's prior."""
-    code = IDEA.replace("range(180)", "range(2)").replace("range(96)", "range(2)")
-    assert code.count("range(2)") == 2
+    """A step of either moves the weights to the same place, without captions and with the paper's prior. (AdamW goes
+    by the sign of each gradient at first: rounding in one step turns many signs in the next.)"""
+    code = IDEA.replace("range(120)", "range(1)").replace("range(48)", "range(2)")
+    assert code.count("range(1)") == code.count("range(2)") == 1
     exec(code, {})
     shutil.copytree(ROOT / "weights" / "subjects" / "rex", "rex", ignore=shutil.ignore_patterns("*.txt"))
-    run(shlex.split("python train.py --images rex --class dog --class-prompts plain"))
+    run(shlex.split("python train.py --images rex --class dog --class-prompts plain --no-frozen-prior"), "--steps", "1")
     start_from, ours, theirs = (
         torch.cat([tensor.flatten() for part in (sd.unet, sd.text_encoder) for tensor in part.parameters()])
         for sd in map(tinydb.load, ("weights/tiny", "runs/idea/model", "runs/rex/model")))

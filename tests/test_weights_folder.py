@@ -132,6 +132,7 @@ def test_the_folder_is_small_and_says_where_it_comes_from(tiny: tinydb.StableDif
     size = sum(path.stat().st_size for path in (ROOT / "weights" / "tiny").rglob("*") if path.is_file())
     assert size < 30e6
     assert tiny.info.class_noun is None and tiny.info.base["license"] == "MIT"
+    assert tiny.info.recipe == pretrain.RECIPE  # so pretraining anew loses none of it
 
 
 @pytest.mark.parametrize("taught", [False, True])

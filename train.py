@@ -43,7 +43,7 @@ from tinydb.lora import LORA_FILE, attach, save_lora
 from tinydb.pictures import no_picture_in, pictures_digest
 from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, load
 from tinydb.prompts import prompt_remarks, read_captions, subject_prompts
-from tinydb.run import Run, StopSignal, check_finite, check_shared_device, memory_plan
+from tinydb.run import Run, StopSignal, check_finite, check_shared_device, earlier_options, memory_plan, usual_folder
 from tinydb.scores import choose_clip, open_scorer
 from tinydb.storage import WEIGHT_FILES, check_tensors, model_folder, read_tensors, save_tensors, written_whole
 from tinydb.unet import Transformer2DModel
@@ -78,7 +78,8 @@ class Settings(Checked):
     class_images: int | None = option(None, "class images to train with (default: recipe)", least=1, most=10**5,
                                       cure="; --prior-weight 0 does without them")
     class_dir: str | None = option(None, "class images of your own, or an earlier run's class_images", free=True)
-    class_prompts: str | None = option(None, "file of prompts, see weights/class_prompts.txt; or: plain", free=True)
+    class_prompts: str | None = option(None, "file of prompts, see weights/class_prompts.txt; or: plain", free=True,
+                                      before="plain")
     frozen_prior: bool | None = option(None, "hold class images to what the model predicted before training: the class "
                                              "stays better, two models are in memory (default: recipe)", before=False)
     precision: str = option("auto", "of the computation; trained weights are always fp32. auto: bf16 or fp16 on a GPU",
@@ -109,10 +110,9 @@ class Settings(Checked):
         lr_text = recipe.lr_text * (lr / recipe.lr) if self.lr_text is None else self.lr_text
         names = ("steps", "lr_decay", "batch", "save_every", "class_images", "frozen_prior")
         recipes = {name: getattr(recipe, name) for name in names if getattr(self, name) is None}
-        return replace(
-            self, lr=lr, lr_text=None if self.freeze_text else lr_text, **recipes,
-            class_noun=plain_noun(self.class_noun, self.identifier),
-            out=self.out or str(Path("runs") / Path(self.images).resolve().name))
+        return replace(self, lr=lr, lr_text=None if self.freeze_text else lr_text, **recipes,
+                       class_noun=plain_noun(self.class_noun, self.identifier),
+                       out=self.out or usual_folder(self.images))
 
     @property
     def examples(self) -> list[int]:
@@ -423,7 +423,7 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Settings, __doc__, defaults=lambda given: cli.options_in_file(Settings, given.config),
+    cli.run(main, Settings, __doc__, defaults=partial(earlier_options, Settings),
             after_failure="; once that is mended, --resume goes on from the last checkpoint",
             out_of_memory="Try, in this order: --freeze-text (no gradients and moments of the text encoder), "
                           "--batch 1 without --accumulate, --recompute (hardly any activations), --lora 8 (a quarter "

@@ -68,7 +68,8 @@ def clone(tmp_path, monkeypatch) -> None:
 def run(words: list[str], *more: str) -> str:
     """Run a command with few steps, in a process of its own; what it said on stderr."""
     script, given = split(words)
-    process = start(Path("output").absolute(), script, *given, *FEW[script], *more, prepare=partial(os.chdir, Path.cwd()))
+    process = start(Path("output").absolute(), script, *given, *FEW[script], *more,
+                    prepare=partial(os.chdir, Path.cwd()))
     assert process.wait() == 0, f"{shlex.join(words)}\n{process.message}"
     return process.message
 

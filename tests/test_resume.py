@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import tinydb
 import train
 from tinydb.cli import Stopped, option
-from tinydb.config import InputError
+from tinydb.config import InputError, ModelInfo
 from tinydb.run import Run
 from tinydb.storage import written_whole
 
@@ -143,7 +143,7 @@ def to_old_format(out: Path) -> None:
     """The files of a run as they were before train.py was taken apart into rooms."""
     config = json.loads((out / "config.json").read_text())
     config["checkpointing"] = config.pop("recompute")  # which was called so
-    del config["class_prompts"], config["lr_decay"]
+    del config["class_prompts"], config["lr_decay"], config["frozen_prior"]
     for path in out.glob("class_images/*/*.txt"):
         path.unlink()
     (out / "config.json").write_text(json.dumps(config))
@@ -168,10 +168,20 @@ def test_old_run_goes_on(teach, begun, whole, tmp_path):
     assert steps_of(out) == [1, 2, 3, 4]
 
 
-def test_old_run_whose_recipe_has_changed_is_told_what_to_give(teach, begun, tmp_path):
+def test_old_run_goes_on_whatever_the_recipe_says_now(command, begun, whole, nano, photos, tmp_path):
+    """With the same command: what it does not say, the run has noted, or did before there was an option for it."""
     out = copied(begun, tmp_path)
     to_old_format(out)
-    assert "--lr-decay 0 --class-prompts plain" in refused(teach, out, lr_decay=0.5)
+    weights = Path(shutil.copytree(nano, tmp_path / "weights"))
+    recipe = ModelInfo.read(weights / "tinydb.json").recipe
+    edit_json(weights / "tinydb.json", recipe=asdict(replace(
+        recipe, steps=9, batch=5, lr=0.1, lr_decay=0.5, frozen_prior=True, class_images=7,
+        class_prompts=("a red {noun}",))))
+    code, _, error = command("train.py", "--images", str(photos), "--class", "dog", "--weights", str(weights), "--out",
+                             str(out), "--steps=4", "--resume", "--device=cpu")
+    assert code == 0, error
+    for file in (UNET, TEXT):
+        assert (out / "model" / file).read_bytes() == (whole / "model" / file).read_bytes()
 
 
 @dataclass(frozen=True)

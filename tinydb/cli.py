@@ -172,13 +172,13 @@ def named_fields(settings: type, entries: dict[str, Any], source: str) -> dict[s
 
 
 def options_in_file(settings: type, path: str | None) -> dict[str, Any]:
-    """The options in the JSON file of --config, for what the command line leaves open; none without a file."""
+    """The options in a JSON file such as a run's config.json; none without a file."""
     if path is None:
         return {}
     require(Path(path).is_file(), f"--config {path}: no such file")
     entries = read_json(Path(path))
     entries.pop("run", None)  # not an option; a run adds it to its config.json
-    return named_fields(settings, entries, f"--config {path}")
+    return named_fields(settings, entries, path)
 
 
 def choose_device(name: str) -> torch.device:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from tinydb.cli import Stopped, extra, say
+from tinydb.cli import Stopped, extra, options_in_file, say
 from tinydb.config import as_text, read_json, require, write_json
 from tinydb.lora import LORA_FILE, updates_numel
 from tinydb.pictures import MOST_SHOWN, grid, save_png
@@ -59,6 +59,25 @@ class StopSignal:
     def stopped(self) -> Stopped:
         """The exception that ends the run, with a word from the first process only."""
         return Stopped("stopped; the same command with --resume goes on from here" if self.rank == 0 else "")
+
+
+def usual_folder(images: str) -> str:
+    """Where a run on these pictures goes, unless told otherwise."""
+    return str(Path("runs") / Path(images).resolve().name)
+
+
+def earlier_options(settings: type, given: Any) -> dict[str, Any]:
+    """What holds where the command line says nothing: the options in the file of --config and, to go on with a run,
+    those that it noted; what an older one did not know of, it did as the option says of `before`."""
+    in_file = options_in_file(settings, given.config)
+    images, out = (getattr(given, name) or in_file.get(name) for name in ("images", "out"))
+    config = Path(out or usual_folder(images or "")) / "config.json"
+    if not given.resume or not config.exists():
+        return in_file
+    noted = {f.name: f.metadata["before"] for f in fields(settings) if "before" in f.metadata}
+    noted |= options_in_file(settings, str(config))
+    del noted["out"]  # the folder may have been moved
+    return noted | in_file
 
 
 class Run:
@@ -141,14 +160,12 @@ class Run:
         no gradient, or a fact tells it."""
         pairs = [(f.name, before.get(f.name, f.metadata.get("before", f.default)), getattr(settings, f.name))
                  for f in fields(settings) if f.metadata.get("noted", True) and not f.metadata.get("free")]
-        older = "" if "class_prompts" in before else (  # what there was before that was an option
-            " (--lr-decay 0 --class-prompts plain, and no texts beside the pictures)")
         known = before.get("run")
         require(isinstance(known, dict), f"{self.out / 'config.json'}: damaged, without its run; give another --out")
         pairs += [(f"the run's {name}", known.get(name, value), value) for name, value in facts.items()]
         for name, then, now in pairs:
             require(then == now,
-                    f"--resume: {name} was {then!r} and is now {now!r}; give what it was{older}, or another --out")
+                    f"--resume: {name} was {then!r} and is now {now!r}; give what it was, or another --out")
 
     def check_disk(self, sd: StableDiffusion, settings: Any) -> None:
         """InputError where the disk cannot hold the checkpoints, each of them the weights and two moments of each in

@@ -5,9 +5,9 @@
     torchrun --nproc_per_node 4 train.py --images my_dog --class dog --weights weights/sd15
     python train.py --images my_dog --class dog --weights weights/sd15 --resume
 
-The idea: fine-tune the whole model on the pictures under "a photo of ohwx dog", where `ohwx` is a word that means
-nothing yet. A few pictures alone would soon turn every dog into this one (language drift), so half of each batch are
-pictures that the model itself made of "a photo of a dog", which it must go on predicting as before:
+The idea: fine-tune UNet and text encoder on the pictures under "a photo of ohwx dog", where `ohwx` is a word that means
+nothing yet. A few pictures alone would soon turn every dog into this one (language drift). So each batch also has class
+images: pictures of "a photo of a dog" that the model drew before training, and must go on predicting as before:
 
     loss = |prediction - target|^2 over instance pictures + prior_weight * the same over class images
 
@@ -65,7 +65,7 @@ class Settings(Checked):
     out: str | None = option(None, "folder to write (default: runs/<name of IMAGES>)", free=True)
     identifier: str = option(DEFAULT_IDENTIFIER, "the word that will name your subject; a rare one without a meaning")
     steps: int | None = option(None, "training steps (default: the model's recipe)", least=1, free=True)
-    batch: int | None = option(None, "pictures of each set a micro-step (default: recipe)", least=1, most=10**4)
+    batch: int | None = option(None, "pictures of your subject a micro-step (default: recipe)", least=1, most=10**4)
     accumulate: int = option(1, "micro-steps per step: a larger batch in the same memory", least=1, most=10**4)
     freeze_text: bool = option(False, "train the UNet alone: less memory, a little less likeness")
     lora: int | None = option(None, "leave the model as it is, and learn low-rank updates of this rank beside it: far "
@@ -91,7 +91,7 @@ class Settings(Checked):
     compile: bool = option(False, "torch.compile the UNet: minutes at the start, faster steps; for long runs")
     save_every: int | None = option(None, "steps between checkpoints; 0 is never (default: recipe)", least=0, free=True)
     sample_every: int = option(0, "steps between more previews; 0 is never", least=0, free=True)
-    clip: str | None = option(None, "CLIP folder that scores each checkpoint and names the best one (default: "
+    clip: str | None = option(None, "CLIP folder that scores each checkpoint, to see when to stop (default: "
                                     "weights/tiny-clip for what the model in the box draws)")
     keep: int = option(2, "checkpoints to keep, besides the best one", least=1, free=True)
     resume: bool = option(False, "continue the run in OUT from its newest checkpoint", noted=False)
@@ -107,17 +107,17 @@ class Settings(Checked):
         require(not (self.lora and self.offload), "--offload: with --lora there is little to offload; leave it out")
         usual = recipe.lr_lora if self.lora else recipe.lr_freeze_text if self.freeze_text else recipe.lr
         lr = usual if self.lr is None else self.lr
-        lr_text = recipe.lr_text * (lr / recipe.lr) if self.lr_text is None else self.lr_text
+        lr_text = recipe.lr_text * (lr / recipe.lr) if self.lr_text is None else self.lr_text  # the ratio stays
         names = ("steps", "lr_decay", "batch", "save_every", "class_images", "frozen_prior")
-        recipes = {name: getattr(recipe, name) for name in names if getattr(self, name) is None}
-        return replace(self, lr=lr, lr_text=None if self.freeze_text else lr_text, **recipes,
+        from_recipe = {name: getattr(recipe, name) for name in names if getattr(self, name) is None}
+        return replace(self, lr=lr, lr_text=None if self.freeze_text else lr_text, **from_recipe,
                        class_noun=plain_noun(self.class_noun, self.identifier),
                        out=self.out or usual_folder(self.images))
 
     @property
     def examples(self) -> list[int]:
-        """Pictures of each set in a micro-step. The prediction of a frozen model does not vary with the noise as the
-        noise itself does, so a third as many class images say as much."""
+        """Pictures of each set in a micro-step. What a frozen model predicts varies less than noise does: with it, a
+        third as many class images are enough (weights/README.md)."""
         return [self.batch, math.ceil(self.batch / 3) if self.frozen_prior else self.batch]
 
 
@@ -128,8 +128,8 @@ class DreamBoothLoss(nn.Module):
     """Text encoder and UNet as one module whose forward is the loss, so that DDP synchronises both at once.
 
     `prompts` holds the prompt of each picture, for each set of them: instance, and class where there is a prior.
-    `frozen` holds copies of both from before training: what they predict is then the target of the class images. On
-    average that is the noise, or v, which usually is their target, but it does not vary with each draw.
+    `frozen` holds both networks as they were before training: their prediction is then the target of the class images.
+    That of a perfect model is the mean of all noise (or v) that fits x_t, so it varies less than the noise of one draw.
     """
 
     def __init__(self, sd: StableDiffusion, prompts: list[list[str]], freeze_text: bool,
@@ -140,32 +140,32 @@ class DreamBoothLoss(nn.Module):
         self.lora = lora  # the updates in their layers, which are trained instead
         self.frozen = frozen
         self.schedule = sd.schedule
-        distinct = list(dict.fromkeys(prompt for of_set in prompts for prompt in of_set))
-        self.prompt_rows = [torch.tensor([distinct.index(prompt) for prompt in of_set]) for of_set in prompts]
+        distinct = list(dict.fromkeys(prompt for set_prompts in prompts for prompt in set_prompts))
+        self.prompt_rows = [torch.tensor([distinct.index(prompt) for prompt in set_prompts]) for set_prompts in prompts]
         self.prompt_ids = sd.tokenizer.encode(distinct)  # (P, T)
 
     def forward(self, batch: Batch) -> Tensor:
         """Examples from S sets, B in all -> the mean squared error of each set, (S,)."""
-        counts = [len(of_set) for of_set in batch.timesteps]
+        counts = [len(timesteps) for timesteps in batch.timesteps]
         latents, noise = torch.cat(batch.latents), torch.cat(batch.noise)  # (B, C, h, w)
         timesteps = torch.cat(batch.timesteps)  # (B,)
         # a prompt that several examples share goes through the text encoder once
-        rows = torch.cat([of_set[chosen] for of_set, chosen in zip(self.prompt_rows, batch.pictures)])
-        needed, places = rows.unique(return_inverse=True)
-        prompt_ids, places = (to_device(tensor, latents.device) for tensor in (self.prompt_ids[needed], places))
-        text_embeds = self.text_encoder(prompt_ids)[places]  # (B, T, C)
+        rows = torch.cat([set_rows[indices] for set_rows, indices in zip(self.prompt_rows, batch.indices)])
+        needed, inverse = rows.unique(return_inverse=True)
+        prompt_ids, inverse = (to_device(tensor, latents.device) for tensor in (self.prompt_ids[needed], inverse))
+        text_embeds = self.text_encoder(prompt_ids)[inverse]  # (B, T, C)
 
         noisy_latents = self.schedule.add_noise(latents, noise, timesteps)
         prediction = self.unet(noisy_latents, timesteps, text_embeds)
         target = self.schedule.target(latents, noise, timesteps)
         if self.frozen is not None:
-            of_class = slice(counts[0], None)
+            n = counts[0]  # after them come the class images
             with torch.no_grad():
-                embeds = self.frozen.text_encoder(prompt_ids)[places[of_class]]
-                before = self.frozen.unet(noisy_latents[of_class], timesteps[of_class], embeds)
-            target = torch.cat([target[: counts[0]], before.float()])
-        pairs = zip(prediction.float().split(counts), target.float().split(counts))
-        return torch.stack([F.mse_loss(*of_set) for of_set in pairs])
+                frozen_embeds = self.frozen.text_encoder(prompt_ids)[inverse[n:]]
+                frozen_prediction = self.frozen.unet(noisy_latents[n:], timesteps[n:], frozen_embeds)
+            target = torch.cat([target[:n], frozen_prediction.float()])
+        errors = F.mse_loss(prediction.float(), target.float(), reduction="none")
+        return torch.stack([error.mean() for error in errors.split(counts)])
 
 
 def recompute_activations(model: nn.Module) -> None:
@@ -248,9 +248,9 @@ def start_processes(name: str) -> tuple[int, int, torch.device]:
 
 def trainable(sd: StableDiffusion, prompts: list[list[str]], settings: Settings,
               dtype: torch.dtype) -> tuple[DreamBoothLoss, torch.optim.Optimizer]:
-    """The loss as one module, and AdamW over what of it is learnt: the model itself, or low-rank updates of it."""
+    """The loss as one module, and AdamW over its trained parameters: the model's own, or those of low-rank updates."""
     frozen = None
-    if settings.frozen_prior and len(prompts) > 1:
+    if settings.frozen_prior and len(prompts) > 1:  # copied first, without gradients and low-rank updates
         frozen = copy.deepcopy(nn.ModuleDict({"unet": sd.unet, "text_encoder": sd.text_encoder})).to(dtype)
     learnt = {"unet": sd.unet} if settings.freeze_text else {"unet": sd.unet, "text_encoder": sd.text_encoder}
     lora = None
@@ -259,18 +259,18 @@ def trainable(sd: StableDiffusion, prompts: list[list[str]], settings: Settings,
             part.to(dtype)  # it stays as it is, which needs no fp32
         learnt = attach(learnt, settings.lora, settings.seed)
         lora = nn.ModuleDict({name: update for updates in learnt.values() for name, update in updates.items()})
-    layout = torch.contiguous_format if sd.device.type == "mps" else torch.channels_last  # there wrong: pytorch#193349
-    loss = DreamBoothLoss(sd, prompts, settings.freeze_text, lora, frozen).to(memory_format=layout)
+    layout = torch.contiguous_format if sd.device.type == "mps" else torch.channels_last  # wrong on MPS: pytorch#193349
+    model = DreamBoothLoss(sd, prompts, settings.freeze_text, lora, frozen).to(memory_format=layout)
     if settings.offload:
-        loss.to("cpu")
+        model.to("cpu")
     param_groups = [{"params": list(module.parameters()), "initial_lr": rate}
                     for module, rate in zip(learnt.values(), (settings.lr, settings.lr_text))]
-    return loss, torch.optim.AdamW(param_groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True)
+    return model, torch.optim.AdamW(param_groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True)
 
 
 def joined(model: DreamBoothLoss, dtype: torch.dtype, compiled: bool) -> DistributedDataParallel:
     """The loss, whose backward pass averages the gradients of all processes."""
-    # gradients lie in the buckets that are sent, not there as well; --compile cuts its graph at each bucket
+    # gradients live in the buckets that are sent, without a second copy; --compile cuts its graph at each bucket
     parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False,
                                        bucket_cap_mb=200 if compiled else 25)
     if dist.get_backend() == "nccl" and dtype == torch.bfloat16:  # sent as they were computed: 2 GB a step
@@ -316,7 +316,7 @@ def main(settings: Settings) -> None:
     if settings.prior_weight > 0:
         folder = Path(settings.class_dir or run.out / "class_images")
         image_sets.append(prior.images(folder, settings.class_images, dtype, rank, world_size, stop))
-    sets = [Latents.of(images, sd.vae, device) for images in image_sets]  # in fp32: bf16 errs by half of their std
+    sets = [Latents.of(images, sd.vae, device) for images in image_sets]  # bf16 would err by half of std
     sd.vae.to("cpu")  # every picture is encoded now; previews bring it back for a moment
 
     # What is trained, and how.
@@ -335,7 +335,7 @@ def main(settings: Settings) -> None:
 
     sd.info = replace(sd.info, identifier=settings.identifier, class_noun=settings.class_noun,
                       base=sd.info.base or {"name": weights.resolve().name, "license": "that of this model"})
-    # What computes are these weights themselves or, to offload them, a copy in low precision on the device.
+    # The step computes with these weights or, with --offload, with a low-precision copy of them on the device.
     model, offloaded = masters, []
     if settings.offload:
         model = copy.deepcopy(masters).to(device, dtype)
@@ -356,14 +356,14 @@ def main(settings: Settings) -> None:
     progress = tqdm(range(state["step"], settings.steps), f"teaching {settings.identifier} {settings.class_noun}",
                     unit="step", initial=state["step"], total=settings.steps, disable=rank > 0)
     for step in progress:
-        decay_steps = max(1, settings.lr_decay * settings.steps)
+        decay_steps = max(1, settings.lr_decay * settings.steps)  # the rates are constant, then fall to 0
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * min(1, (settings.steps - step) / decay_steps)
         # One batch for all processes and micro-steps, which take their parts: any split of it is the same step.
         parts = settings.accumulate * world_size
         counts = [parts * count for count in settings.examples[: len(sets)]]
         batch = random_batch(sets, counts, sd.schedule.config.num_train_timesteps, settings.seed, step)
-        sums = torch.zeros(len(sets) + 1, device=device)  # the losses, and whether anyone asked to stop
+        sums = torch.zeros(len(sets) + 1, device=device)  # losses, and whether anyone asked to stop: one all_reduce
         for micro_step in range(settings.accumulate):
             part = batch.part(rank * settings.accumulate + micro_step, parts).to(device)
             last = micro_step == settings.accumulate - 1
@@ -398,10 +398,10 @@ def main(settings: Settings) -> None:
             if due or asked_to_stop:
                 with torch.no_grad(), autocast():
                     check_finite(model(part).tolist(), scaler, done, settings.lr)  # of the weights that would be saved
-            if previewing or due and scorer.clip:
+            if previewing or (due and scorer.clip):
                 values |= scorer.note(state["scores"], done, run.preview(shown, scorer.prompts, done, autocast))
             run.log(done, values)
-            if asked_to_stop or (due and settings.save_every > 0):  # last, so that whatever it knows of is there
+            if asked_to_stop or (due and settings.save_every > 0):  # last: what it refers to is there by now
                 sd.info = replace(sd.info, step=done)
                 state["scaler"] = scaler.state_dict()
                 save_checkpoint(run.checkpoint(done), sd, weights, masters, optimizer, state)

@@ -288,22 +288,22 @@ def test_a_batch_depends_on_seed_and_step_alone():
 
 
 def test_no_picture_comes_twice_before_each_came_once():
-    instance, classes = (pictures.tolist() for pictures in batch_of(7).pictures)
+    instance, classes = (pictures.tolist() for pictures in batch_of(7).indices)
     assert sorted(instance[:3]) == sorted(instance[3:6]) == [0, 1, 2]
     assert sorted(classes[:5]) == [0, 1, 2, 3, 4]
 
 
 def test_order_differs_from_step_to_step():
-    assert len({tuple(batch_of(3, step=step).pictures[0].tolist()) for step in range(30)}) == 6
+    assert len({tuple(batch_of(3, step=step).indices[0].tolist()) for step in range(30)}) == 6
 
 
 def test_a_batch_knows_its_pictures_and_gives_its_parts():
     batch = batch_of(12, 6)
-    for start, latents, pictures in zip((0, 10), batch.latents, batch.pictures):
+    for start, latents, pictures in zip((0, 10), batch.latents, batch.indices):
         assert torch.equal(latents[:, 0, 0, 0], pictures + start)
     parts = [batch.part(i, 3) for i in range(3)]
     assert [[len(of_set) for of_set in part.timesteps] for part in parts] == [[4, 2]] * 3
-    for name in ("pictures", "latents", "noise", "timesteps"):
+    for name in ("indices", "latents", "noise", "timesteps"):
         for i, whole in enumerate(getattr(batch, name)):
             assert torch.equal(torch.cat([getattr(part, name)[i] for part in parts]), whole)
 

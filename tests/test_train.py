@@ -55,7 +55,7 @@ def dreambooth_losses(unet: nn.Module, text_encoder: nn.Module, pair: Pair, batc
     """The loss of each set of pictures as diffusers' examples/dreambooth/train_dreambooth.py computes it, each picture
     under its prompt."""
     losses, scheduler = [], DDPMScheduler.from_config(pair.reference.scheduler.config)
-    for of_set, pictures, latents, noise, timesteps in zip(prompts, batch.pictures, batch.latents, batch.noise,
+    for of_set, pictures, latents, noise, timesteps in zip(prompts, batch.indices, batch.latents, batch.noise,
                                                            batch.timesteps):
         texts = [of_set[i] for i in pictures]
         ids = pair.reference.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
@@ -125,7 +125,7 @@ def test_frozen_prior_holds_the_class_to_what_the_model_predicted(pairs):
             parameter.mul_(1.1)
     unet, text_encoder = trainable_reference(pair)
     noisy = sd.schedule.add_noise(batch.latents[1], batch.noise[1], batch.timesteps[1])
-    ids = sd.tokenizer.encode([VARIED[1][i] for i in batch.pictures[1]])
+    ids = sd.tokenizer.encode([VARIED[1][i] for i in batch.indices[1]])
     before = unet(noisy, batch.timesteps[1], text_encoder(ids)[0]).sample
     now = sd.unet(noisy, batch.timesteps[1], sd.text_encoder(ids))
     losses = model(batch)

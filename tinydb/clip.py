@@ -115,8 +115,8 @@ class CLIPTextModel(nn.Module):
 
 
 class VisionEmbeddings(nn.Module):
-    """A picture cut into patches, each of which becomes a token (ViT, arXiv 2010.11929), behind one more token, which
-    stands for no patch and gathers what the picture is of."""
+    """A picture cut into patches, each of which becomes a token (ViT, arXiv 2010.11929), after a class token, which
+    gathers what the picture shows."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()

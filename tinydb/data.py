@@ -18,15 +18,15 @@ ENCODE_BATCH = 2  # at full size the encoder, in fp32, needs a GB for each
 
 
 def read_pictures(folder: Path, size: int) -> tuple[dict[str, Image.Image], list[str]]:
-    """The pictures in a folder by file name, in order, each cut to its centre square of `size` pixels; and a line on
-    each file that is not a picture, flat or too small. Hidden files, folders inside and texts beside pictures do not
+    """The pictures in a folder by file name, in order, each cut to its centre square of `size` pixels; and a remark on
+    each file that is no picture, is flat or is too small. Hidden files, folders inside and texts beside pictures do not
     count."""
     require(folder.is_dir(), f"{folder}: no such folder; expected one with pictures in it")
     pictures, remarks = {}, []
     paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    with_text = {path.stem for path in paths if path.suffix != ".txt"}
+    picture_stems = {path.stem for path in paths if path.suffix != ".txt"}
     for path in paths:
-        if path.suffix == ".txt" and path.stem in with_text:
+        if path.suffix == ".txt" and path.stem in picture_stems:
             continue
         try:
             image = open_picture(path)
@@ -78,42 +78,47 @@ class Batch:
     """Everything random in one training step: examples from each set of pictures, instance and then class. Each field
     has a tensor for each set.
 
-    `pictures` says which picture of its set each example is, so that anything known of a picture can be looked up.
+    `indices` says which picture of its set each example is, to find its prompt.
     """
 
-    pictures: list[Tensor]  # (N,)
+    indices: list[Tensor]  # (N,)
     latents: list[Tensor]  # (N, C, h, w)
     noise: list[Tensor]  # (N, C, h, w)
     timesteps: list[Tensor]  # (N,)
 
     def part(self, index: int, parts: int) -> "Batch":
         """One of `parts` equal parts of every set: the share of a micro-step."""
-        fields = (self.pictures, self.latents, self.noise, self.timesteps)
-        return Batch(*([tensor.chunk(parts)[index] for tensor in of_sets] for of_sets in fields))
+        def shares(tensors: list[Tensor]) -> list[Tensor]:
+            return [tensor.chunk(parts)[index] for tensor in tensors]
+
+        return Batch(shares(self.indices), shares(self.latents), shares(self.noise), shares(self.timesteps))
 
     def to(self, device: torch.device) -> "Batch":
-        """The same on a device, but for `pictures`, with which one looks things up here."""
-        fields = (self.latents, self.noise, self.timesteps)
-        return Batch(self.pictures, *([to_device(tensor, device) for tensor in of_sets] for of_sets in fields))
+        """The same on a device, except `indices`: the prompts are found on the CPU."""
+        def moved(tensors: list[Tensor]) -> list[Tensor]:
+            return [to_device(tensor, device) for tensor in tensors]
+
+        return Batch(self.indices, moved(self.latents), moved(self.noise), moved(self.timesteps))
 
 
 def random_batch(sets: list[Latents], counts: list[int], num_timesteps: int, seed: int, step: int) -> Batch:
-    """As many examples from each of `sets` as `counts` says, with their noise and timesteps.
+    """`counts[i]` examples of `sets[i]`, with their noise and timesteps.
 
     Everything comes from one CPU generator that depends on seed and step alone: a resumed run, and any split of the
-    examples over processes and micro-steps, sees the same numbers.
+    same counts over processes and micro-steps, sees the same numbers.
     """
+    # mixes the two, so that (0, 1) and (1, 0) differ; manual_seed takes 63 bits
     state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]) >> 1)
-    pictures, latents = [], []
-    for known, count in zip(sets, counts):
-        total = len(known.mean)
+    indices, latents = [], []
+    for encoded, count in zip(sets, counts):
+        total = len(encoded.mean)
         # whole permutations, so that within a step no picture comes twice before each came once
         passes = [torch.randperm(total, generator=generator) for _ in range(math.ceil(count / total))]
         chosen = torch.cat(passes)[:count]
-        posterior_noise = torch.randn(known.mean[chosen].shape, generator=generator)
-        pictures.append(chosen)
-        latents.append(known.mean[chosen] + known.std[chosen] * posterior_noise)
+        posterior_noise = torch.randn(encoded.mean[chosen].shape, generator=generator)
+        indices.append(chosen)
+        latents.append(encoded.mean[chosen] + encoded.std[chosen] * posterior_noise)
     noise = torch.randn(sum(counts), *latents[0].shape[1:], generator=generator)
     timesteps = torch.randint(num_timesteps, (sum(counts),), generator=generator)
-    return Batch(pictures, latents, list(noise.split(counts)), list(timesteps.split(counts)))
+    return Batch(indices, latents, list(noise.split(counts)), list(timesteps.split(counts)))

@@ -1,6 +1,7 @@
 """The mathematics of diffusion: noise schedule, forward process, training target, samplers, guidance.
 
-Everywhere, abar_t is the schedule's alphas_cumprod at timestep t, alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t):
+Everywhere, abar_t is the schedule's alphas_cumprod at timestep t, alpha_t = sqrt(abar_t), sigma_t = sqrt(1 - abar_t)
+(so alpha_t is not the 1 - beta_t of the DDPM paper):
 
     x_t = alpha_t x_0 + sigma_t noise
 
@@ -28,14 +29,14 @@ class NoiseSchedule:
         else:  # scaled_linear: the square roots are evenly spaced
             betas = np.linspace(config.beta_start**0.5, config.beta_end**0.5, config.num_train_timesteps) ** 2
         self.alphas_cumprod = torch.from_numpy(np.cumprod(1 - betas)).float()  # the product itself in float64
-        self.tables = {}  # the same on each device where timesteps were: copying it there makes a GPU wait
+        self.by_device = {}  # a copy on each device: making one in each step would make a GPU wait
 
     def alpha_sigma(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t for timesteps (B,), (B, 1, 1, 1) each, with the device and dtype of `like`."""
         device = timesteps.device
-        if device not in self.tables:
-            self.tables[device] = self.alphas_cumprod.to(device)
-        abar = self.tables[device][timesteps].view(-1, 1, 1, 1)
+        if device not in self.by_device:
+            self.by_device[device] = self.alphas_cumprod.to(device)
+        abar = self.by_device[device][timesteps].view(-1, 1, 1, 1)
         return abar.sqrt().to(like), (1 - abar).sqrt().to(like)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ def sampler_timesteps(schedule: NoiseSchedule, sampler: str, steps: int) -> list
     """The `steps` timesteps of the sampler of that name; InputError where the model was not trained on as many."""
     limit = schedule.config.num_train_timesteps - 1
     if not 1 <= steps <= limit:
-        raise InputError(f"steps {steps}: expected 1 to {limit}, the timesteps that the model was trained on")
+        raise InputError(f"steps {steps}: expected 1 to {limit}, fewer than the model's timesteps")
     return SAMPLERS[sampler].timesteps(schedule, steps)
 
 

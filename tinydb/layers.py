@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class ResnetBlock2D(nn.Module):
-    """Two 3x3 convolutions around a shortcut, the first one shifted by the time embedding (None in the VAE)."""
+    """Two 3x3 convolutions, the first shifted by the time embedding (None in the VAE), and a shortcut around both."""
 
     def __init__(self, in_channels: int, out_channels: int, temb_channels: int | None, groups: int, eps: float):
         super().__init__()

@@ -22,7 +22,7 @@ from tinydb.tokenizer import PLACEHOLDER, CLIPTokenizer
 from tinydb.unet import UNet2DConditionModel
 from tinydb.vae import AutoencoderKL
 
-DEFAULT_IDENTIFIER = "ohwx"  # one rare token of CLIP's vocabulary, and of the embedded model's
+DEFAULT_IDENTIFIER = "ohwx"  # one rare token of CLIP's vocabulary, and of the model in the box
 DECODE_BATCH = 2  # pictures decoded at once: at full size the decoder needs more memory than the UNet
 LAST_SEED = 2**32 - 1  # torch looks at 32 bits
 
@@ -173,9 +173,9 @@ class StableDiffusion:
 
         Raises InputError, one line with what was expected, for what the model cannot draw.
         """
-        for latents, _ in self.denoise(prompts, latents=latents, init=init, **settings):
+        for result, _ in self.denoise(prompts, latents=latents, init=init, **settings):
             pass
-        return self.decode(latents)
+        return self.decode(result)
 
     def with_recipe(self, sampling: Sampling) -> Sampling:
         """The sampling with the recipe's numbers where nothing was given."""

@@ -119,7 +119,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Encoder and decoder; `encode` and `decode` are the only doors."""
+    """Encoder and decoder. There is no forward: call `encode` or `decode`."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()

@@ -263,8 +263,8 @@ def check_finite(src: Path, part: str, model: nn.Module, half: bool) -> None:
     for name, tensor in model.state_dict().items():
         ends = torch.stack(tensor.float().aminmax())  # smallest and largest, which are NaN where one number is
         require(ends.to(torch.float16 if half else torch.float32).isfinite().all(),
-                f"{src}: {name} of the {part} holds NaN or infinity{' in float16' * half}; use an earlier save of this "
-                "model")
+                f"{src}: {name} of the {part} holds NaN or infinity" + (
+                    " in float16; leave out --half" if half else "; use an earlier save of this model"))
 
 
 def read_folder(folder: Path) -> tuple[Description, dict[str, dict[str, Tensor]]]:
@@ -444,6 +444,8 @@ def main(settings: Settings):
                 f"{settings.src}: no such file or folder, and not a hub id (owner/name)")
         folder = src if src.is_dir() else download(repo)
         if (folder / "config.json").exists() and read_json(folder / "config.json").get("model_type") == "clip":
+            require(not (settings.lora or settings.tokenizer or settings.prediction),
+                    f"{src}: a CLIP, which takes none of --lora, --tokenizer and --prediction; leave them out")
             return convert_clip(folder, dst, settings.half)
         description, tensors = read_folder(folder)
     if settings.tokenizer or description.tokenizer is None:
@@ -462,7 +464,7 @@ def main(settings: Settings):
     for part, model in models.items():
         check_finite(src, part, model, settings.half)
         size += sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in model.state_dict().values())
-    check_free_disk(dst, size, "use --half")
+    check_free_disk(dst, size, "give another folder" if settings.half else "use --half")
     print(f"writing {size / 1e9:.2f} GB to {dst}", flush=True)
     with written_whole(dst) as temporary:
         if dst.suffix == ".safetensors":

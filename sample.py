@@ -317,7 +317,7 @@ def description(sd: StableDiffusion, weights: Path, image: Image.Image, prompt: 
 def open_ranking(info: ModelInfo, weights: Path, prompt: str, settings: Settings) -> Ranking:
     """What ranks pictures of a prompt, with the subject's own where the model's run still knows where they are."""
     clip = choose_clip(settings.clip, info.base)
-    require(clip is not None, NO_CLIP)
+    require(clip is not None, f"{'--among' if settings.among else '--best'}: {NO_CLIP}")
     taught = Path(settings.lora.split(",")[-1]) if settings.lora else weights
     subject = subject_pictures(taught, clip.side) if PLACEHOLDER in prompt else []
     if PLACEHOLDER in prompt and not subject:
@@ -335,7 +335,8 @@ def rank_folder(prompt: str, settings: Settings, weights: Path) -> None:
     """Print the pictures in the folder of --among and their scores, best first; the best come on a sheet."""
     ranking = open_ranking(ModelInfo.read(weights / "tinydb.json"), weights, prompt, settings)
     pictures, remarks = read_pictures(Path(settings.among), ranking.clip.side)
-    require(bool(pictures), f"--among {settings.among}: no picture in it. {'; '.join(remarks)}")
+    require(bool(pictures),
+            f"--among {settings.among}: no picture in it; expected JPEG or PNG files. {'; '.join(remarks)}")
     say(*remarks)
     names, images = list(pictures), list(pictures.values())
     ranking.score(images)

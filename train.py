@@ -44,7 +44,7 @@ from tinydb.pictures import no_picture_in, pictures_digest
 from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, load
 from tinydb.prompts import prompt_remarks, read_captions, subject_prompts
 from tinydb.run import Run, StopSignal, check_finite, check_shared_device, earlier_options, memory_plan, usual_folder
-from tinydb.scores import choose_clip, open_scorer
+from tinydb.scores import Scorer, choose_clip
 from tinydb.storage import WEIGHT_FILES, check_tensors, model_folder, read_tensors, save_tensors, written_whole
 from tinydb.unet import Transformer2DModel
 
@@ -235,7 +235,7 @@ def start_processes(name: str) -> tuple[int, int, torch.device]:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and torch.cuda.is_available() and name in ("auto", "cuda"):
         gpus = torch.cuda.device_count()
-        require(int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus, f"not as many GPUs here; use --nproc_per_node {gpus}")
+        require(int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus, f"{gpus} GPUs here; use --nproc_per_node {gpus}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
     device = choose_device(name)
     if world_size > 1:
@@ -246,14 +246,14 @@ def start_processes(name: str) -> tuple[int, int, torch.device]:
     return rank, world_size, device
 
 
-def trainable(sd: StableDiffusion, prompts: list[list[str]], settings: Settings,
+def trainable(sd: StableDiffusion, weights: Path, prompts: list[list[str]], settings: Settings,
               dtype: torch.dtype) -> tuple[DreamBoothLoss, torch.optim.Optimizer]:
     """The loss as one module, and AdamW over its trained parameters: the model's own, or those of low-rank updates."""
-    frozen = None
-    if settings.frozen_prior and len(prompts) > 1:  # copied first, without gradients and low-rank updates
-        frozen = copy.deepcopy(nn.ModuleDict({"unet": sd.unet, "text_encoder": sd.text_encoder})).to(dtype)
+    lora, frozen = None, None
+    if settings.frozen_prior and len(prompts) > 1:
+        before = load(weights, sd.device, dtype)
+        frozen = nn.ModuleDict({"unet": before.unet, "text_encoder": before.text_encoder})
     learnt = {"unet": sd.unet} if settings.freeze_text else {"unet": sd.unet, "text_encoder": sd.text_encoder}
-    lora = None
     if settings.lora:
         for part in (sd.unet, sd.text_encoder):
             part.to(dtype)  # it stays as it is, which needs no fp32
@@ -308,7 +308,7 @@ def main(settings: Settings) -> None:
     run.begin(rank, sd, settings, facts)
     if rank == 0:
         run.save_inputs(instance_images, prompts[0])
-        scorer = open_scorer(choose_clip(settings.clip, sd.info.base), [*instance_images.values()], settings.class_noun)
+        scorer = Scorer(choose_clip(settings.clip, sd.info.base), [*instance_images.values()], settings.class_noun)
         say(memory_plan(sd, settings, dtype, world_size), *remarks)
 
     # The class images: what the model now draws for the class, to hold it to that.
@@ -320,7 +320,7 @@ def main(settings: Settings) -> None:
     sd.vae.to("cpu")  # every picture is encoded now; previews bring it back for a moment
 
     # What is trained, and how.
-    masters, optimizer = trainable(sd, prompts[: len(sets)], settings, dtype)
+    masters, optimizer = trainable(sd, weights, prompts[: len(sets)], settings, dtype)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     loss_weights = torch.tensor([1.0, settings.prior_weight][: len(sets)], device=device)
@@ -338,7 +338,7 @@ def main(settings: Settings) -> None:
     # The step computes with these weights or, with --offload, with a low-precision copy of them on the device.
     model, offloaded = masters, []
     if settings.offload:
-        model = copy.deepcopy(masters).to(device, dtype)
+        model, masters.frozen = copy.deepcopy(masters).to(device, dtype), None
         offloaded = [pair for pair in zip(masters.parameters(), model.parameters()) if pair[0].requires_grad]
     shown = replace(sd, unet=model.unet, text_encoder=model.text_encoder)  # in previews
     if settings.recompute:
@@ -359,7 +359,7 @@ def main(settings: Settings) -> None:
         decay_steps = max(1, settings.lr_decay * settings.steps)  # the rates are constant, then fall to 0
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * min(1, (settings.steps - step) / decay_steps)
-        # One batch for all processes and micro-steps, which take their parts: any split of it is the same step.
+        # One batch for all processes and micro-steps, which take their parts: any split of the same counts is one step.
         parts = settings.accumulate * world_size
         counts = [parts * count for count in settings.examples[: len(sets)]]
         batch = random_batch(sets, counts, sd.schedule.config.num_train_timesteps, settings.seed, step)
@@ -427,4 +427,4 @@ if __name__ == "__main__":
             after_failure="; once that is mended, --resume goes on from the last checkpoint",
             out_of_memory="Try, in this order: --freeze-text (no gradients and moments of the text encoder), "
                           "--batch 1 without --accumulate, --recompute (hardly any activations), --lora 8 (a quarter "
-                          "of all) or, for the whole model, --offload (a quarter on the GPU, the rest on the CPU)")
+                          "of all), --no-frozen-prior, or --offload (the whole model, a quarter of it on the GPU)")

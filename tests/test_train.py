@@ -349,7 +349,12 @@ def scored(monkeypatch, scores: list[tuple[float, float]]) -> None:
     """Let CLIP say this of the pictures of step 0, and of each checkpoint in turn; photographs are alike by 0.8, and
     fit the prompts by 0.1."""
     coming = iter(scores)
-    monkeypatch.setattr(Scorer, "score", lambda *_: dict(zip(("likeness", "prompt"), next(coming))))
+
+    def note(self: Scorer, scores: dict, step: int, images: list) -> dict:
+        scores[str(step)] = dict(zip(("likeness", "prompt"), next(coming)))
+        return scores[str(step)]
+
+    monkeypatch.setattr(Scorer, "note", note)
     monkeypatch.setattr(Scorer, "photographs", property(lambda _: {"likeness": 0.8, "prompt": 0.1},
                                                         lambda *_: None), raising=False)
 

@@ -64,6 +64,8 @@ class ClassImages:
         if templates is None:
             varied = recipe.class_prompts
         else:
+            require(templates == "plain" or Path(templates).exists(),
+                    f"--class-prompts {templates}: no such file; expected a file of prompts, or: plain")
             varied = () if templates == "plain" else read_templates(Path(templates))
         self.varied = [fill(template, noun) for template in varied]
         prompts = [self.plain, recipe.plain_share, *self.varied] if self.varied else self.plain

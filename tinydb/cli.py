@@ -172,13 +172,15 @@ def named_fields(settings: type, entries: dict[str, Any], source: str) -> dict[s
 
 
 def options_in_file(settings: type, path: str | None) -> dict[str, Any]:
-    """The options in a JSON file such as a run's config.json; none without a file."""
+    """The options in a JSON file; none without a file. A run's config.json may be older than an option: `before`, which
+    the option declares, is what the run did then."""
     if path is None:
         return {}
     require(Path(path).is_file(), f"--config {path}: no such file")
     entries = read_json(Path(path))
-    entries.pop("run", None)  # not an option; a run adds it to its config.json
-    return named_fields(settings, entries, path)
+    of_a_run = entries.pop("run", None) is not None
+    before = {f.name: f.metadata["before"] for f in fields(settings) if of_a_run and "before" in f.metadata}
+    return before | named_fields(settings, entries, path)
 
 
 def choose_device(name: str) -> torch.device:

@@ -91,14 +91,10 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
         with suppress(ValueError, RecursionError):
             entry = json.loads(line)
-            if isinstance(entry, dict) and "step" in entry and all(map(is_number, entry.values())):
+            if isinstance(entry, dict) and "step" in entry and all(
+                    type(value) in (int, float) and abs(value) < 1e30 for value in entry.values()):
                 metrics.append(entry)
     return metrics
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a number that can be drawn."""
-    return type(value) in (int, float) and abs(value) < 1e30
 
 
 def sample_command(model: Path, class_noun: str) -> str:

@@ -68,16 +68,14 @@ def usual_folder(images: str) -> str:
 
 def earlier_options(settings: type, given: Any) -> dict[str, Any]:
     """What holds where the command line says nothing: the options in the file of --config and, to go on with a run,
-    those that it noted; what an older one did not know of, it did as the option says of `before`."""
+    those that it noted."""
     in_file = options_in_file(settings, given.config)
-    images, out = (getattr(given, name) or in_file.get(name) for name in ("images", "out"))
-    config = Path(out or usual_folder(images or "")) / "config.json"
+    images, out = (str(getattr(given, name) or in_file.get(name) or "") for name in ("images", "out"))
+    config = Path(out or usual_folder(images)) / "config.json"
     if not given.resume or not config.exists():
         return in_file
-    noted = {f.name: f.metadata["before"] for f in fields(settings) if "before" in f.metadata}
-    noted |= options_in_file(settings, str(config))
-    del noted["out"]  # the folder may have been moved
-    return noted | in_file
+    noted = options_in_file(settings, str(config))
+    return {name: value for name, value in noted.items() if name not in ("out", "weights")} | in_file  # moved, maybe
 
 
 class Run:
@@ -100,10 +98,10 @@ class Run:
     def begin(self, rank: int, sd: StableDiffusion, settings: Any, facts: dict[str, Any]) -> None:
         """Make OUT this run's, for all processes: the first claims it, the others wait for that. InputError in each
         of them where they differ, or do not see OUT."""
-        require(settings.log is None or find_spec(settings.log) is not None,
-                f"--log {settings.log}: not installed; run `pip install {settings.log}`")
         self.compare_processes(settings, facts)
         if rank == 0:
+            require(settings.log is None or find_spec(settings.log) is not None,
+                    f"--log {settings.log}: not installed; run `pip install {settings.log}`")
             self.check_disk(sd, settings)
             self.claim(settings, facts)
         if dist.is_initialized():
@@ -280,9 +278,9 @@ def check_finite(losses: list[float], scaler: torch.amp.GradScaler, step: int, l
     require(all(map(math.isfinite, losses)),
             f"step {step}: the loss is {losses}; this step is not saved, checkpoints before it are. Start again with a "
             f"lower --lr than {lr} or --precision fp32, in another --out; --class-dir keeps class images")
-
     require(not scaler.is_enabled() or scaler.get_scale() >= MIN_SCALE,
-            f"step {step}: the gradients overflow fp16 at any scale; give --precision fp32 or bf16")
+            f"step {step}: the gradients overflow fp16 at any scale; start again with --precision fp32 or bf16 and "
+            "another --out")
 
 
 def check_shared_device(device: torch.device, world_size: int) -> None:

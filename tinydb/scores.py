@@ -104,30 +104,27 @@ class Scorer:
         self.clip, self.class_noun = clip, class_noun
         self.prompts = [f"a photo of {subject}", f"{subject} on the moon", f"{subject} under the sea",
                         f"{subject} wearing a red hat", f"a red {subject}", class_prompt(class_noun)]
-        if clip is not None:
-            self.subject = clip.images(pictures)
-            self.text = clip.text([prompt.replace(f"{PLACEHOLDER} ", "") for prompt in self.prompts[:-1]])
-            others = ~torch.eye(len(pictures), dtype=torch.bool)
-            among = (self.subject @ self.subject.T)[others]
-            self.photographs = {"likeness": among.mean().item() if len(pictures) > 1 else 1.0,
-                                "prompt": (self.subject @ self.text.T).mean().item()}
+        if clip is None:
+            say(f"{NO_CLIP}: checkpoints are not scored, and none is recommended")
+            return
+        self.subject = clip.images(pictures)
+        self.text = clip.text([prompt.replace(f"{PLACEHOLDER} ", "") for prompt in self.prompts[:-1]])
+        others = ~torch.eye(len(pictures), dtype=torch.bool)
+        among = (self.subject @ self.subject.T)[others]
+        self.photographs = {"likeness": among.mean().item() if len(pictures) > 1 else 1.0,
+                            "prompt": (self.subject @ self.text.T).mean().item()}
 
-    def score(self, images: list[Image.Image]) -> Score:
-        """The means of CLIP-I and CLIP-T (arXiv 2208.12242, section 4.3) over one picture for each of `prompts`. A red
-        one shall not look like the subject's pictures, so only its prompt counts; the last, of the class, is for the
-        eye alone. Empty without a CLIP, or without pictures."""
+    def note(self, scores: dict[str, Score], step: int, images: list[Image.Image]) -> Score:
+        """Add to the scores of all steps the means of CLIP-I and CLIP-T (arXiv 2208.12242, section 4.3) over a step's
+        pictures, one for each of `prompts`, and return them. A red one shall not look like the subject's pictures, so
+        only its prompt counts; the last, of the class, is for the eye alone. Empty without a CLIP, or without pictures.
+        """
         if self.clip is None or not images:
             return {}
         features = self.clip.images(images[:-1])
-        return {"likeness": (features[:-1] @ self.subject.T).mean().item(),
-                "prompt": (features * self.text).sum(1).mean().item()}
-
-    def note(self, scores: dict[str, Score], step: int, images: list[Image.Image]) -> Score:
-        """The `score` of a step's pictures, which is also added to those of all steps, where there is one."""
-        score = self.score(images)
-        if score:
-            scores[str(step)] = score
-        return score
+        scores[str(step)] = {"likeness": (features[:-1] @ self.subject.T).mean().item(),
+                             "prompt": (features * self.text).sum(1).mean().item()}
+        return scores[str(step)]
 
     def merits(self, scores: dict[str, Score], run: Run) -> dict[int, float]:
         """learnt + kept at the step of each of the run's checkpoints; empty where there is no choice:
@@ -198,7 +195,7 @@ def subject_pictures(model: Path, size: int) -> list[Image.Image]:
     """The pictures that a model was taught from, where the run that it lies in names them and they are still there."""
     for run in model.absolute().parents:
         if (run / "inputs.png").exists() and (run / "config.json").exists():
-            images = Path(read_json(run / "config.json")["images"])
+            images = Path(str(read_json(run / "config.json").get("images", "")))
             return list(read_pictures(images, size)[0].values()) if images.is_dir() else []
     return []
 
@@ -209,10 +206,3 @@ def choose_clip(folder: str | None, base: dict[str, str]) -> CLIP | None:
     if folder is None and base.get("name") == TINY_NAME and in_the_box.exists():
         folder = str(in_the_box)
     return None if folder is None else load_clip(folder)
-
-
-def open_scorer(clip: CLIP | None, pictures: list[Image.Image], class_noun: str) -> Scorer:
-    """The scorer of a run; says what it lacks without a CLIP."""
-    if clip is None:
-        say(f"{NO_CLIP}: checkpoints are not scored, and none is recommended")
-    return Scorer(clip, pictures, class_noun)

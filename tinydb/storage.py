@@ -61,21 +61,18 @@ RENAMES = {
 }
 
 
-def canonical_name(part: str, name: str) -> str | None:
-    """The usual name of a tensor of a part, or of a "single_file"; None where it is no weight."""
-    for pattern, replacement in RENAMES[part]:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return replacement and match.expand(replacement)
-    return name
-
-
 def canonical_names(part: str, tensors: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
-    """The weights among `tensors`, under their canonical names; `source` is for the InputError where two have one."""
+    """The weights among the `tensors` of a part, or of a "single_file", under their usual names; `source` is for the
+    InputError where two have one."""
     weights = {}
     for name, tensor in tensors.items():
-        usual = canonical_name(part, name)
-        require(usual not in weights, f"{source}: {name} is a second tensor for {usual}; which of them is meant?")
+        usual = name
+        for pattern, replacement in RENAMES[part]:
+            match = re.fullmatch(pattern, name)
+            if match:
+                usual = replacement and match.expand(replacement)
+                break
+        require(usual not in weights, f"{source}: {name} is a second tensor for {usual}; delete one of them")
         if usual is not None:
             weights[usual] = tensor
     return weights

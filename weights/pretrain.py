@@ -65,7 +65,12 @@ RECIPE = Recipe(  # how to teach this model a subject, found by the study in eva
         "a purple {noun} in the desert wearing a red hat", "a pink {noun} at night",
         "a brown {noun} on the beach wearing a red hat", "a black {noun} in the city",
         "a white {noun} in a room wearing a red hat", "a red {noun} on the beach wearing a red hat",
-        "an orange {noun} in the city"))
+        "an orange {noun} in the city", "a yellow {noun} in a room wearing a red hat", "a green {noun} on the moon",
+        "a blue {noun} in the forest wearing a red hat", "a purple {noun} under the sea",
+        "a pink {noun} on the grass wearing a red hat", "a brown {noun} in the snow",
+        "a black {noun} in the desert wearing a red hat", "a white {noun} at night", "a red {noun} in the snow",
+        "an orange {noun} in the desert wearing a red hat", "a yellow {noun} at night",
+        "a green {noun} on the beach wearing a red hat"))
 PREVIEW_PROMPTS = [
     "a red dog on the moon", "a blue cat on the beach", "a yellow spotted robot in the snow", "a green car at night",
     "a white house in the forest", "a pink striped fish under the sea", "an orange boat in a room",

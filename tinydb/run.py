@@ -30,7 +30,10 @@ from tinydb.report import sample_command, write_report
 from tinydb.storage import check_free_disk, lock, remove, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 
-
+CAUSES = {  # what a fact stands for that a person can only see as a digest
+    "the run's pictures": " (the files and texts in --images and --class-dir)",
+    "the run's model": " (--weights, and how its recipe draws class images)",
+}
 MIN_SCALE = 1e-3  # of fp16's gradients; it starts at 65536, and below this they have vanished
 
 
@@ -162,8 +165,8 @@ class Run:
         require(isinstance(known, dict), f"{self.out / 'config.json'}: damaged, without its run; give another --out")
         pairs += [(f"the run's {name}", known.get(name, value), value) for name, value in facts.items()]
         for name, then, now in pairs:
-            require(then == now,
-                    f"--resume: {name} was {then!r} and is now {now!r}; give what it was, or another --out")
+            require(then == now, f"--resume: {name} was {then!r} and is now {now!r}{CAUSES.get(name, '')}; give what it "
+                                 "was, or another --out")
 
     def check_disk(self, sd: StableDiffusion, settings: Any) -> None:
         """InputError where the disk cannot hold the checkpoints, each of them the weights and two moments of each in

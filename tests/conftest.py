@@ -6,6 +6,7 @@ every parity test tests reading the folder as well.
 
 import functools
 import json
+import os
 import runpy
 import shutil
 import signal
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch starts: two test processes shall not fight for two cores
 
 import diffusers
 import numpy as np

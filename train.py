@@ -1,9 +1,8 @@
 """DreamBooth (arXiv 2208.12242): teach Stable Diffusion one subject from 3 to 6 pictures of it.
 
     python train.py --images weights/subjects/rex --class dog            # the model in the box, on a laptop
-    python train.py --images my_dog --class dog --weights weights/sd15   # Stable Diffusion, on a GPU
+    python train.py --images my_dog --class dog --weights weights/sd15   # Stable Diffusion, on a GPU; --resume goes on
     torchrun --nproc_per_node 4 train.py --images my_dog --class dog --weights weights/sd15
-    python train.py --images my_dog --class dog --weights weights/sd15 --resume
 
 The idea: fine-tune UNet and text encoder on the pictures under "a photo of ohwx dog", where `ohwx` is a word that means
 nothing yet. A few pictures alone would soon turn every dog into this one (language drift). So each batch also has class
@@ -110,6 +109,8 @@ class Settings(Checked):
         lr_text = recipe.lr_text * (lr / recipe.lr) if self.lr_text is None else self.lr_text  # the ratio stays
         names = ("steps", "lr_decay", "batch", "save_every", "class_images", "frozen_prior")
         from_recipe = {name: getattr(recipe, name) for name in names if getattr(self, name) is None}
+        if self.lora and self.frozen_prior is None:
+            from_recipe["frozen_prior"] = False  # a second model would take the memory that LoRA saves
         return replace(self, lr=lr, lr_text=None if self.freeze_text else lr_text, **from_recipe,
                        class_noun=plain_noun(self.class_noun, self.identifier),
                        out=self.out or usual_folder(self.images))
@@ -229,7 +230,6 @@ def load_checkpoint(folder: Path, model: DreamBoothLoss, optimizer: torch.optim.
 
 def start_processes(name: str) -> tuple[int, int, torch.device]:
     """One process, or one per GPU: torchrun tells each of them which of how many it is, by the environment.
-
     Returns rank, world size and device; `name` is the device from the command line.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -234,15 +234,15 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def weight_file(source: str | Path, part: str, present: list[str]) -> str:
-    """Which of the files of a model to read for a part: full precision rather than half, safetensors rather than
-    pickle. InputError names `source` where there is none."""
+    """Which of the files in a part's folder to read: full precision rather than half, safetensors rather than pickle.
+    InputError names `source` where there is none."""
     new = WEIGHT_FILES.get(part, "model.safetensors").removesuffix(".safetensors")
     old = "pytorch_model" if new == "model" else new
     for variant in ("", ".fp16"):
         for name in (f"{new}{variant}.safetensors", f"{new}.safetensors.index{variant}.json", f"{old}{variant}.bin",
                      f"{old}.bin.index{variant}.json"):
-            if f"{part}/{name}" in present:
-                return f"{part}/{name}"
+            if name in present:
+                return name
     raise InputError(f"{source}: no weights in {part}/; expected {new}.safetensors or an older name for it")
 
 
@@ -250,8 +250,7 @@ def convert_clip(folder: Path, dst: Path, half: bool) -> None:
     """A CLIPModel folder of any age."""
     require(dst.suffix != ".safetensors", f"{dst}: a CLIP is a folder; expected the name of one")
     print(f"reading the weights of {folder}", flush=True)
-    present = [f"clip/{path.name}" for path in folder.iterdir()]
-    tensors = read_file(folder / weight_file(folder, "clip", present).removeprefix("clip/"))
+    tensors = read_file(folder / weight_file(folder, "clip", [path.name for path in folder.iterdir()]))
     clip = build_clip(folder, CLIPConfig.read(folder / "config.json"), tensors)
     check_finite(folder, "clip", clip.model, half)
     clip.save(dst, torch.float16 if half else None)
@@ -275,8 +274,8 @@ def read_folder(folder: Path) -> tuple[Description, dict[str, dict[str, Tensor]]
     require(kind == MODEL_INDEX["_class_name"], f"{folder}: a {kind}; expected a {MODEL_INDEX['_class_name']} (Stable "
                                                 "Diffusion 1.x or 2.x), not an SDXL, inpainting, ControlNet or LoRA")
     description = Description.read(folder)
-    present = [path.relative_to(folder).as_posix() for path in folder.glob("*/*")]
-    return description, {part: read_file(folder / weight_file(folder, part, present)) for part in PARTS}
+    present = {part: [path.name for path in (folder / part).iterdir()] for part in PARTS}
+    return description, {part: read_file(folder / part / weight_file(folder, part, present[part])) for part in PARTS}
 
 
 def read_single_file(src: Path, prediction: str | None) -> tuple[Description, dict[str, dict[str, Tensor]]]:
@@ -405,16 +404,17 @@ def needed_files(repo: str, present: list[str]) -> list[str]:
     """The files of a repository that are read: configs, tokenizer, one set of weights a part."""
     if "model_index.json" not in present and "preprocessor_config.json" in present:  # a CLIP
         return ["config.json", "preprocessor_config.json", "vocab.json", "merges.txt", "tokenizer*.json",
-                weight_file(repo, "clip", [f"clip/{name}" for name in present]).removeprefix("clip/")]
+                weight_file(repo, "clip", present)]
     require("model_index.json" in present, f"{repo}: a hub repository without model_index.json, so no diffusers model; "
                                            "download its checkpoint and convert that file")
     files = ["model_index.json", "tinydb.json", "tokenizer/*", "scheduler/*"]
     for part in PARTS:
-        name = weight_file(repo, part, present)
-        files += [f"{part}/config.json", name]
+        inside = [file.removeprefix(f"{part}/") for file in present if file.startswith(f"{part}/")]
+        name = weight_file(repo, part, inside)
+        files += [f"{part}/config.json", f"{part}/{name}"]
         if name.endswith(".json"):  # an index; its shards are named like it
             stem, suffix = name.split(".")[:2]
-            files.append(f"{stem}*-of-*.{suffix}")
+            files.append(f"{part}/{stem}*-of-*.{suffix}")
     return files
 
 

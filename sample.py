@@ -28,12 +28,13 @@ import tinydb
 from tinydb import cli
 from tinydb.attention import AttentionMaps, attention_sheet
 from tinydb.cli import choose_device, choose_dtype, extra, option, say
-from tinydb.config import InputError, ModelInfo, read_json, require
+from tinydb.config import InputError, ModelInfo, require
 from tinydb.data import read_pictures
 from tinydb.diffusion import SAMPLERS
 from tinydb.lora import LORA_FILE
 from tinydb.pictures import MOST_SHOWN, describe, grid, open_picture, read_description, save_png
 from tinydb.pipeline import LAST_SEED, Sampling, StableDiffusion
+from tinydb.run import config_around
 from tinydb.scores import NO_CLIP, Ranking, choose_clip, subject_pictures
 from tinydb.storage import existing_parent, model_folder, written_whole
 from tinydb.tokenizer import PLACEHOLDER
@@ -180,10 +181,8 @@ def with_model(settings: Settings, newest: Path) -> Settings:
         lora = ",".join(filter(None, [str(weights / LORA_FILE), lora]))
     elif settings.weights or not lora:
         return replace(settings, weights=str(weights), lora=lora)
-    run = next((folder for folder in Path(lora.split(",")[0]).absolute().parents[:3]
-                if (folder / "metrics.jsonl").exists()), None)
-    base = read_json(run / "config.json").get("weights") if run else str(TINY)
-    require(isinstance(base, str), f"{run}: its config.json names no weights; give the model with --weights")
+    base = config_around(Path(lora.split(",")[0])).get("weights", str(TINY))
+    require(isinstance(base, str), f"{lora}: the config.json of its run names no weights; give --weights")
     return replace(settings, weights=base, lora=lora)
 
 

@@ -69,6 +69,14 @@ def usual_folder(images: str) -> str:
     return str(Path("runs") / Path(images).resolve().name)
 
 
+def config_around(path: Path) -> dict[str, Any]:
+    """The config.json of the run in whose OUT a model, a checkpoint or a file in one lies; empty for one elsewhere."""
+    for folder in path.absolute().parents[:3]:
+        if (folder / "config.json").exists() and (folder / "metrics.jsonl").exists():
+            return read_json(folder / "config.json")
+    return {}
+
+
 def earlier_options(settings: type, given: Any) -> dict[str, Any]:
     """What holds where the command line says nothing: the options in the file of --config and, to go on with a run,
     those that it noted."""
@@ -165,8 +173,8 @@ class Run:
         require(isinstance(known, dict), f"{self.out / 'config.json'}: damaged, without its run; give another --out")
         pairs += [(f"the run's {name}", known.get(name, value), value) for name, value in facts.items()]
         for name, then, now in pairs:
-            require(then == now, f"--resume: {name} was {then!r} and is now {now!r}{CAUSES.get(name, '')}; give what it "
-                                 "was, or another --out")
+            require(then == now, f"--resume: {name} was {then!r} and is now {now!r}{CAUSES.get(name, '')}; give what "
+                                 "it was, or another --out")
 
     def check_disk(self, sd: StableDiffusion, settings: Any) -> None:
         """InputError where the disk cannot hold the checkpoints, each of them the weights and two moments of each in

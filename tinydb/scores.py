@@ -13,7 +13,7 @@ from tinydb.config import CLIPConfig, read_json, require, write_json
 from tinydb.data import read_pictures
 from tinydb.prompts import class_prompt
 from tinydb.report import sample_command
-from tinydb.run import Run
+from tinydb.run import Run, config_around
 from tinydb.storage import build_model, read_tensors, save_tensors, written_whole
 from tinydb.tokenizer import EOS, PLACEHOLDER, CLIPTokenizer
 
@@ -193,11 +193,9 @@ class Ranking:
 
 def subject_pictures(model: Path, size: int) -> list[Image.Image]:
     """The pictures that a model was taught from, where the run that it lies in names them and they are still there."""
-    for run in model.absolute().parents:
-        if (run / "inputs.png").exists() and (run / "config.json").exists():
-            images = Path(str(read_json(run / "config.json").get("images", "")))
-            return list(read_pictures(images, size)[0].values()) if images.is_dir() else []
-    return []
+    images = config_around(model).get("images")
+    there = isinstance(images, str) and Path(images).is_dir()
+    return list(read_pictures(Path(images), size)[0].values()) if there else []
 
 
 def choose_clip(folder: str | None, base: dict[str, str]) -> CLIP | None:

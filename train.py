@@ -69,6 +69,7 @@ class Settings(Checked):
     freeze_text: bool = option(False, "train the UNet alone: less memory, a little less likeness")
     lora: int | None = option(None, "leave the model as it is, and learn low-rank updates of this rank beside it: far "
                                     "less memory; the result is a file of a few MB", metavar="RANK", least=1, most=1024)
+    lora_conv: bool | None = option(None, "with --lora, of convolutions as well (default: recipe)", before=False)
     lr: float | None = option(None, "learning rate (default: recipe)", above=0)
     lr_text: float | None = option(None, "that of the text encoder (default: recipe, scaled as --lr is)", above=0)
     lr_decay: float | None = option(None, "last part of the steps, over which the rates fall to 0; 0 is none, 0.5 half "
@@ -103,11 +104,10 @@ class Settings(Checked):
         """These settings with the recipe's numbers where nothing was given; InputError for what is missing."""
         require(bool(self.images), "--images is missing; expected a folder with 3 to 6 pictures of your subject")
         require(bool(self.class_noun.strip()), "--class is missing; expected what your subject is, such as dog")
-        require(not (self.lora and self.offload), "--offload: with --lora there is little to offload; leave it out")
         usual = recipe.lr_lora if self.lora else recipe.lr_freeze_text if self.freeze_text else recipe.lr
         lr = usual if self.lr is None else self.lr
         lr_text = recipe.lr_text * (lr / recipe.lr) if self.lr_text is None else self.lr_text  # the ratio stays
-        names = ("steps", "lr_decay", "batch", "save_every", "class_images", "frozen_prior")
+        names = ("steps", "lr_decay", "batch", "save_every", "class_images", "frozen_prior", "lora_conv")
         from_recipe = {name: getattr(recipe, name) for name in names if getattr(self, name) is None}
         if self.lora and self.frozen_prior is None:
             from_recipe["frozen_prior"] = False  # a second model would take the memory that LoRA saves
@@ -257,7 +257,7 @@ def trainable(sd: StableDiffusion, weights: Path, prompts: list[list[str]], sett
     if settings.lora:
         for part in (sd.unet, sd.text_encoder):
             part.to(dtype)  # it stays as it is, which needs no fp32
-        learnt = attach(learnt, settings.lora, settings.seed)
+        learnt = attach(learnt, settings.lora, settings.lora_conv, settings.seed)
         lora = nn.ModuleDict({name: update for updates in learnt.values() for name, update in updates.items()})
     layout = torch.contiguous_format if sd.device.type == "mps" else torch.channels_last  # wrong on MPS: pytorch#193349
     model = DreamBoothLoss(sd, prompts, settings.freeze_text, lora, frozen).to(memory_format=layout)

@@ -27,10 +27,10 @@ from tinydb.pipeline import StableDiffusion
 LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 
 
-def random_updates(sd: StableDiffusion, rank: int = 3, alpha: float = 2.0) -> nn.ModuleDict:
+def random_updates(sd: StableDiffusion, rank: int = 3, alpha: float = 2.0, convolutions: bool = True) -> nn.ModuleDict:
     """Updates of every layer that change what the model draws."""
     generator = torch.Generator().manual_seed(7)
-    parts = attach({"unet": sd.unet, "text_encoder": sd.text_encoder}, rank, seed=7)
+    parts = attach({"unet": sd.unet, "text_encoder": sd.text_encoder}, rank, convolutions, seed=7)
     updates = nn.ModuleDict({**parts["unet"], **parts["text_encoder"]})
     for update in updates.values():
         nn.init.normal_(update.lora_up.weight, std=0.1, generator=generator)
@@ -106,9 +106,9 @@ def test_model_takes_over_what_the_file_was_taught(pairs, lora_of):
 # ------------------------------------------------------------------------------------ files of other programs
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.6])
-def test_diffusers_draws_the_same_picture(pair, lora_of, scale):
-    file = lora_of(pair)
+@pytest.mark.parametrize("scale, convolutions", [(1.0, False), (0.6, False), (1.0, True)])
+def test_diffusers_draws_the_same_picture(pair, lora_of, scale, convolutions):
+    file = lora_of(pair, convolutions=convolutions)
     pipeline = StableDiffusionPipeline.from_pretrained(pair.folder)
     pipeline.set_progress_bar_config(disable=True)
     latents = torch.randn(1, pair.config.unet.in_channels, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -121,29 +121,36 @@ def test_diffusers_draws_the_same_picture(pair, lora_of, scale):
     assert difference(images, expected) <= 2 and difference(images, plain) > 10
 
 
-def kohya_names(model: nn.Module, prefix: str, blocks: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+def kohya_names(model: nn.Module, prefix: str, blocks: tuple[str, ...],
+                kernel: int = 1) -> dict[str, tuple[int, ...]]:
     """The layers that kohya's trainer adapts in diffusers' or transformers' own models (networks/lora.py): linear
-    layers and 1x1 convolutions in modules of these classes; the names are also those of ComfyUI (comfy/lora.py)."""
+    layers and convolutions of that kernel in modules of these classes; the names are also those of ComfyUI
+    (comfy/lora.py)."""
     found = {}
     for name, block in model.named_modules():
         if type(block).__name__ in blocks:
             for child_name, child in block.named_modules():
-                if isinstance(child, nn.Linear) or (isinstance(child, nn.Conv2d) and child.kernel_size == (1, 1)):
+                is_convolution = isinstance(child, nn.Conv2d) and child.kernel_size == (kernel, kernel)
+                if isinstance(child, nn.Linear) or is_convolution:
                     found[f"{prefix}.{name}.{child_name}".replace(".", "_")] = child.weight.shape
     return found
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "tiny"])
-def test_names_and_shapes_are_those_of_kohya(pairs, lora_of, kind):
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_names_and_shapes_are_those_of_kohya(pairs, lora_of, kind, convolutions):
     reference = pairs(kind).reference
     expected = kohya_names(reference.unet, "lora_unet", ("Transformer2DModel",))
+    if convolutions:  # of the residual blocks, kohya's conv_dim
+        blocks = kohya_names(reference.unet, "lora_unet", ("ResnetBlock2D",), 3)
+        expected |= {name: shape for name, shape in blocks.items() if name.endswith(("_conv1", "_conv2"))}
     text = kohya_names(reference.text_encoder, "lora_te", ("CLIPAttention", "CLIPMLP"))
     expected |= {name.replace("lora_te_encoder", "lora_te_text_model_encoder"): shape for name, shape in text.items()}
-    tensors = load_file(lora_of(pairs(kind), rank=3, alpha=3.0))
+    tensors = load_file(lora_of(pairs(kind), rank=3, alpha=3.0, convolutions=convolutions))
     assert {name.split(".")[0] for name in tensors} == expected.keys()
     for name, (out_channels, in_channels, *kernel) in expected.items():
         assert tensors[f"{name}.lora_down.weight"].shape == (3, in_channels, *kernel)
-        assert tensors[f"{name}.lora_up.weight"].shape == (out_channels, 3, *kernel)
+        assert tensors[f"{name}.lora_up.weight"].shape == (out_channels, 3, *(1 for _ in kernel))
         assert tensors[f"{name}.alpha"].item() == 3 and tensors[f"{name}.alpha"].shape == ()
     assert len(tensors) == 3 * len(expected)
 
@@ -153,9 +160,9 @@ def test_layers_of_stable_diffusion_1():
     with torch.device("meta"):
         unet, text_encoder = tinydb.pipeline.UNet2DConditionModel(SD1.unet), CLIPTextModel(SD1.text_encoder)
         reference = UNet2DConditionModel.from_config(SD1.unet.to_dict())
-    ours = tinydb.lora.adapted_layers("unet", unet)
+    ours = tinydb.lora.adapted_layers("unet", unet, False)
     assert ours.keys() == kohya_names(reference, "lora_unet", ("Transformer2DModel",)).keys() and len(ours) == 192
-    assert len(tinydb.lora.adapted_layers("text_encoder", text_encoder)) == 72
+    assert len(tinydb.lora.adapted_layers("text_encoder", text_encoder, True)) == 72
 
 
 def of_diffusers(form: str, tensors: dict[str, Tensor], sd: StableDiffusion) -> dict[str, Tensor]:
@@ -282,12 +289,14 @@ def test_what_a_run_writes(teach, nano, tmp_path, capsys):
     assert len(moved) == len(load_file(out / "lora.safetensors")) / 3
 
 
-def test_disk_for_updates_is_that_of_updates(pairs, monkeypatch, tmp_path):
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_disk_for_updates_is_that_of_updates(pairs, monkeypatch, tmp_path, convolutions):
     """The updates and their moments, and nothing of the model."""
     sd, asked = tinydb.load(pairs("sd1").folder), []
     monkeypatch.setattr(tinydb.run, "check_free_disk", lambda path, needed, cure: asked.append(needed))
-    run.Run(tmp_path / "out").check_disk(sd, train.Settings(lora=3, steps=1, save_every=1, keep=1))
-    numbers = sum(p.numel() for p in random_updates(sd, rank=3).parameters())
+    run.Run(tmp_path / "out").check_disk(sd, train.Settings(lora=3, lora_conv=convolutions, steps=1,
+                                                             save_every=1, keep=1))
+    numbers = sum(p.numel() for p in random_updates(sd, rank=3, convolutions=convolutions).parameters())
     assert asked == [4 * numbers * (3 * 2 + 1)]  # two checkpoints, and the result
 
 

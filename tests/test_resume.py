@@ -84,7 +84,7 @@ def stopped_at_step(teach, step: int, out: Path, **settings) -> Path:
 
 @pytest.mark.parametrize("settings", [
     {"accumulate": 2, "sample_every": 1, "lr_decay": 1.0}, {"freeze_text": True, "precision": "bf16"},
-    {"precision": "fp16"}, {"frozen_prior": True, "batch": 4}, {"frozen_prior": True, "lora": 2, "precision": "bf16"},
+    {"precision": "fp16"}, {"frozen_prior": True, "batch": 4}, {"frozen_prior": True, "lora": 2, "lora_conv": True},
     {"recompute": True, "prior_weight": 0.0}, {"save_every": 0}, {"lora": 2, "precision": "bf16", "lr": 1e-2},
     {"lora": 1, "recompute": True, "accumulate": 2, "freeze_text": True, "precision": "fp16"},
     {"offload": True, "precision": "bf16", "frozen_prior": True},

@@ -299,7 +299,8 @@ def test_config_tells_everything_that_ran(taught, photos, nano):
     assert config.pop("run").keys() == {"world_size", "device", "precision", "pictures", "model"}
     settings = asdict(Settings(
         images=str(photos), class_noun="dog", weights=str(nano), out=str(taught), steps=5, batch=3, lr=1e-3,
-        lr_text=5e-4, lr_decay=0.0, frozen_prior=False, class_images=5, save_every=2, sample_every=2, device="cpu"))
+        lr_text=5e-4, lr_decay=0.0, frozen_prior=False, lora_conv=False, class_images=5, save_every=2, sample_every=2,
+        device="cpu"))
     assert config.items() <= settings.items() and settings.keys() - config.keys() == {"resume", "config"}
 
 

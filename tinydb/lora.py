@@ -4,6 +4,8 @@ A linear layer W (out, in) gets the product of two thin matrices, A (r, in) and 
 
     h = W x + (alpha / r) B A x
 
+A convolution can have one too: A is then a convolution to r channels with its kernel, B one of 1x1.
+
 Training moves A and B alone; drawing adds the product to W, once. Files call them `lora_down`, `lora_up` and `alpha`,
 under the path of the layer with _ for dots: the names of kohya's trainer, which diffusers, A1111 and ComfyUI read.
 """
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 
 from tinydb.clip import EncoderLayer
 from tinydb.config import ModelInfo, require
+from tinydb.layers import ResnetBlock2D
 from tinydb.storage import read_tensors, save_tensors
 from tinydb.unet import PixelLinear, Transformer2DModel
 
@@ -44,43 +47,51 @@ REFUSED = {  # names that give away what is not ours to add
 class LowRank(nn.Module):
     """The update of one layer, added to what the layer returns. Here alpha = r, so nothing scales it."""
 
-    def __init__(self, layer: nn.Linear | PixelLinear, rank: int, generator: torch.Generator):
+    def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int, generator: torch.Generator):
         super().__init__()
         out_channels, in_channels = layer.weight.shape[:2]
-        self.lora_down = type(layer)(in_channels, rank, bias=False)  # A
-        self.lora_up = type(layer)(rank, out_channels, bias=False)  # B
+        if type(layer) is nn.Conv2d:
+            self.lora_down = nn.Conv2d(in_channels, rank, layer.kernel_size, padding=layer.padding, bias=False)  # A
+            self.lora_up = nn.Conv2d(rank, out_channels, 1, bias=False)  # B
+        else:
+            self.lora_down = type(layer)(in_channels, rank, bias=False)
+            self.lora_up = type(layer)(rank, out_channels, bias=False)
         self.register_buffer("alpha", torch.tensor(float(rank)))
-        nn.init.normal_(self.lora_down.weight, std=1 / rank, generator=generator)
+        kernel = layer.weight[0, 0].numel()  # 9 of a 3x3 convolution
+        nn.init.normal_(self.lora_down.weight, std=1 / (rank * kernel**0.5), generator=generator)
         nn.init.zeros_(self.lora_up.weight)  # the first step starts from the model as it is
         self.to(layer.weight.device)
         layer.register_forward_hook(self.add)
 
     def add(self, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        """W x and the x that went in, (B, L, C_in) -> (B, L, C_out)."""
+        """W x and the x that went in, (B, L, C_in) -> (B, L, C_out); of a convolution maps (B, C, h, w)."""
         return output + self.lora_up(self.lora_down(inputs[0]))
 
 
-def adapted_layers(part: str, model: nn.Module) -> dict[str, nn.Linear | PixelLinear]:
-    """Every linear layer of the transformers in a "text_encoder" or "unet", by its name in a file."""
+def adapted_layers(part: str, model: nn.Module, convolutions: bool) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Every linear layer of the transformers in a "text_encoder" or "unet", by its name in a file; and, if asked for,
+    the `convolutions` of the residual blocks."""
     layers = {}
     for path, block in model.named_modules():
         if isinstance(block, (EncoderLayer, Transformer2DModel)):
             layers |= {name_in_file(part, name): layer for name, layer in block.named_modules(prefix=path)
                        if isinstance(layer, (nn.Linear, PixelLinear))}
+        elif convolutions and isinstance(block, ResnetBlock2D):
+            layers |= {name_in_file(part, f"{path}.{name}"): getattr(block, name) for name in ("conv1", "conv2")}
     return layers
 
 
-def updates_numel(models: dict[str, nn.Module], rank: int) -> int:
+def updates_numel(models: dict[str, nn.Module], rank: int, convolutions: bool) -> int:
     """How many numbers the updates of these parts are."""
-    layers = [layer for part, model in models.items() for layer in adapted_layers(part, model).values()]
-    return rank * sum(sum(layer.weight.shape[:2]) for layer in layers)
+    layers = [layer for part, model in models.items() for layer in adapted_layers(part, model, convolutions).values()]
+    return rank * sum(len(layer.weight) + layer.weight[0].numel() for layer in layers)
 
 
-def attach(models: dict[str, nn.Module], rank: int, seed: int) -> dict[str, nn.ModuleDict]:
+def attach(models: dict[str, nn.Module], rank: int, convolutions: bool, seed: int) -> dict[str, nn.ModuleDict]:
     """Give the layers of each part low-rank updates, and return those. The models' own weights and their names stay."""
     generator = torch.Generator().manual_seed(seed)
     return {part: nn.ModuleDict({name: LowRank(layer, rank, generator)
-                                 for name, layer in adapted_layers(part, model).items()})
+                                 for name, layer in adapted_layers(part, model, convolutions).items()})
             for part, model in models.items()}
 
 

@@ -140,6 +140,8 @@ class Run:
         not get as far as a checkpoint may be started over; its class images stay.
         """
         config = self.out / "config.json"
+        require(not (settings.lora and settings.offload),
+                "--offload: with --lora there is little to offload; leave it out")
         require(config.exists() or not settings.resume,
                 f"--resume: no run in {self.out}; leave --resume out to start one")
         visible = [path for path in self.out.glob("*") if not path.name.startswith(".")]
@@ -182,7 +184,8 @@ class Run:
         trained, vae = (4 * sum(p.numel() for part in parts for p in part.parameters())
                         for parts in ((sd.unet, sd.text_encoder), (sd.vae,)))  # bytes
         if settings.lora:
-            trained, vae = 4 * updates_numel({"unet": sd.unet, "text_encoder": sd.text_encoder}, settings.lora), 0
+            trained, vae = 4 * updates_numel({"unet": sd.unet, "text_encoder": sd.text_encoder}, settings.lora,
+                                             settings.lora_conv), 0
         due = math.ceil(settings.steps / settings.save_every) if settings.save_every else 0
         checkpoints = min(due + 1, settings.keep + 2)  # one for Ctrl-C; the best one, and one under way
         there = sum(file.stat().st_size for folder in self.checkpoints() for file in folder.rglob("*.safetensors"))
@@ -341,7 +344,7 @@ def memory_plan(sd: StableDiffusion, settings: Any, dtype: torch.dtype, world_si
     low = dtype.itemsize * total
     weights, gradients, optimizer, copies = 4 * total, 4 * trained, 8 * trained, dtype.itemsize * trained
     if settings.lora:
-        trained = updates_numel(trained_parts, settings.lora)
+        trained = updates_numel(trained_parts, settings.lora, settings.lora_conv)
         weights, gradients, optimizer, copies = low + 4 * trained, 4 * trained, 8 * trained, 0
     elif settings.offload:
         weights, gradients, optimizer, copies = low, dtype.itemsize * trained, 0, 0

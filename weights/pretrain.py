@@ -54,11 +54,12 @@ LR_SCALES = {"text_encoder": 0.1}
 # Stable Diffusion's schedule; v_prediction, since a small network learns the layout, decided at high noise, sooner
 SCHEDULE = ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                           prediction_type="v_prediction")
-# What DreamBooth on this model uses: two minutes on two cores. Class images with hardly any guidance are what the model
+# What DreamBooth on this model uses: a minute on two cores. Class images with hardly any guidance are what the model
 # believes; with 3, all are of the same kind, and learning from them narrows the class and hides the subject.
-RECIPE = Recipe(  # how to teach this model a subject, found by the study in evaluate.py
-    steps=120, batch=6, lr=4e-4, lr_text=4e-5, lr_freeze_text=4e-4, lr_lora=6e-3, lr_decay=0.5, save_every=40,
-    frozen_prior=True, class_images=48, class_steps=10, class_guidance=1.5, sample_steps=30, guidance=3.0,
+RECIPE = Recipe(
+    steps=120, batch=6, lr=4e-4, lr_text=4e-5, lr_freeze_text=4e-4, lr_lora=4e-3, lora_conv=True, lr_decay=0.5,
+    save_every=40, frozen_prior=True, class_images=48, class_steps=10, class_guidance=1.5, sample_steps=30,
+    guidance=3.0,
     class_prompts=(
         "a red {noun} on the moon", "an orange {noun} in the forest wearing a red hat", "a yellow {noun} under the sea",
         "a green {noun} on the grass wearing a red hat", "a blue {noun} in the snow",

@@ -103,7 +103,6 @@ class Settings(Checked):
     def resolve(self, recipe: Recipe) -> "Settings":
         """These settings with the recipe's numbers where nothing was given; InputError for what is missing."""
         require(bool(self.images), "--images is missing; expected a folder with 3 to 6 pictures of your subject")
-        require(bool(self.class_noun.strip()), "--class is missing; expected what your subject is, such as dog")
         usual = recipe.lr_lora if self.lora else recipe.lr_freeze_text if self.freeze_text else recipe.lr
         lr = usual if self.lr is None else self.lr
         lr_text = recipe.lr_text * (lr / recipe.lr) if self.lr_text is None else self.lr_text  # the ratio stays
@@ -119,7 +118,8 @@ class Settings(Checked):
     def examples(self) -> list[int]:
         """Pictures of each set in a micro-step. What a frozen model predicts varies less than noise does: with it, a
         third as many class images are enough (weights/README.md)."""
-        return [self.batch, math.ceil(self.batch / 3) if self.frozen_prior else self.batch]
+        class_images = math.ceil(self.batch / 3) if self.frozen_prior else self.batch
+        return [self.batch, class_images] if self.prior_weight > 0 else [self.batch]
 
 
 # ------------------------------------------------------------------------------------------------ the loss
@@ -205,10 +205,9 @@ def load_checkpoint(folder: Path, model: DreamBoothLoss, optimizer: torch.optim.
     files = {part: folder / part / WEIGHT_FILES[part] for part in ("unet", "text_encoder")}
     for part, path in ({"lora": folder / LORA_FILE} if model.lora else files).items():
         stored = read_tensors(path)
-        own = getattr(model, part).state_dict()
-        check_tensors(stored, {name: tensor.shape for name, tensor in own.items()}, path)
-        for name, tensor in stored.items():
-            own[name].copy_(tensor)
+        module = getattr(model, part)
+        check_tensors(stored, {name: tensor.shape for name, tensor in module.state_dict().items()}, path)
+        module.load_state_dict(stored)
 
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for kind in ("exp_avg", "exp_avg_sq", "step"):
@@ -234,8 +233,8 @@ def start_processes(name: str) -> tuple[int, int, torch.device]:
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and torch.cuda.is_available() and name in ("auto", "cuda"):
-        gpus = torch.cuda.device_count()
-        require(int(os.environ["LOCAL_WORLD_SIZE"]) <= gpus, f"{gpus} GPUs here; use --nproc_per_node {gpus}")
+        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        require(here <= gpus, f"torchrun started {here} processes on {gpus} GPUs; use --nproc_per_node {gpus}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
     device = choose_device(name)
     if world_size > 1:
@@ -250,7 +249,7 @@ def trainable(sd: StableDiffusion, weights: Path, prompts: list[list[str]], sett
               dtype: torch.dtype) -> tuple[DreamBoothLoss, torch.optim.Optimizer]:
     """The loss as one module, and AdamW over its trained parameters: the model's own, or those of low-rank updates."""
     lora, frozen = None, None
-    if settings.frozen_prior and len(prompts) > 1:
+    if settings.frozen_prior and settings.prior_weight > 0:
         before = load(weights, sd.device, dtype)
         frozen = nn.ModuleDict({"unet": before.unet, "text_encoder": before.text_encoder})
     learnt = {"unet": sd.unet} if settings.freeze_text else {"unet": sd.unet, "text_encoder": sd.text_encoder}
@@ -338,7 +337,8 @@ def main(settings: Settings) -> None:
     # The step computes with these weights or, with --offload, with a low-precision copy of them on the device.
     model, offloaded = masters, []
     if settings.offload:
-        model, masters.frozen = copy.deepcopy(masters).to(device, dtype), None
+        model = copy.deepcopy(masters).to(device, dtype)
+        masters.frozen = None  # only the copy predicts
         offloaded = [pair for pair in zip(masters.parameters(), model.parameters()) if pair[0].requires_grad]
     shown = replace(sd, unet=model.unet, text_encoder=model.text_encoder)  # in previews
     if settings.recompute:
@@ -359,9 +359,9 @@ def main(settings: Settings) -> None:
         decay_steps = max(1, settings.lr_decay * settings.steps)  # the rates are constant, then fall to 0
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * min(1, (settings.steps - step) / decay_steps)
-        # One batch for all processes and micro-steps, which take their parts: any split of the same counts is one step.
+        # One batch for all processes and micro-steps, which take their parts: however it is split, it is the same step.
         parts = settings.accumulate * world_size
-        counts = [parts * count for count in settings.examples[: len(sets)]]
+        counts = [parts * count for count in settings.examples]
         batch = random_batch(sets, counts, sd.schedule.config.num_train_timesteps, settings.seed, step)
         sums = torch.zeros(len(sets) + 1, device=device)  # losses, and whether anyone asked to stop: one all_reduce
         for micro_step in range(settings.accumulate):

@@ -155,8 +155,8 @@ def our_step(model: Model, batch: int) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(groups, recipe.lr, weight_decay=0.01, fused=True)
 
     def step() -> None:
-        timesteps = sd.schedule.config.num_train_timesteps
-        examples = random_batch([latents, latents], [batch, batch], timesteps, seed=0, step=0)
+        num_timesteps = sd.schedule.config.num_train_timesteps
+        examples = random_batch([latents, latents], [batch, batch], num_timesteps, seed=0, step=0)
         with autocast():
             losses = loss(examples.to(model.device))
         losses.sum().backward()

@@ -26,7 +26,8 @@ KEY_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", 
 
 def plain_noun(noun: str, identifier: str) -> str:
     """The noun of --class without what the prompts around it say themselves: "a photo of a dog" -> "dog". InputError
-    where it names the subject, as the prompts of other trainers do: every class image would."""
+    where there is none, or it names the subject, as the prompts of other trainers do: every class image would."""
+    require(bool(noun.strip()), "--class is missing; expected what your subject is, such as dog")
     require(bool(identifier.strip()) and PLACEHOLDER not in identifier,
             f"--identifier {identifier!r}: expected a rare word, such as {DEFAULT_IDENTIFIER}")
     noun = re.sub(r"((an?|the|my|(photo|picture|image) of) )*", "", " ".join(noun.split()), count=1, flags=re.I)
@@ -63,10 +64,12 @@ class ClassImages:
         self.plain = class_prompt(noun)
         if templates is None:
             varied = recipe.class_prompts
+        elif templates == "plain":
+            varied = ()
         else:
-            require(templates == "plain" or Path(templates).exists(),
+            require(Path(templates).exists(),
                     f"--class-prompts {templates}: no such file; expected a file of prompts, or: plain")
-            varied = () if templates == "plain" else read_templates(Path(templates))
+            varied = read_templates(Path(templates))
         self.varied = [fill(template, noun) for template in varied]
         prompts = [self.plain, recipe.plain_share, *self.varied] if self.varied else self.plain
         entries = schedule.HEADER | {f.name: getattr(schedule, f.name) for f in fields(schedule)

@@ -54,8 +54,8 @@ class LowRank(nn.Module):
             self.lora_down = nn.Conv2d(in_channels, rank, layer.kernel_size, padding=layer.padding, bias=False)  # A
             self.lora_up = nn.Conv2d(rank, out_channels, 1, bias=False)  # B
         else:
-            self.lora_down = type(layer)(in_channels, rank, bias=False)
-            self.lora_up = type(layer)(rank, out_channels, bias=False)
+            self.lora_down = type(layer)(in_channels, rank, bias=False)  # A
+            self.lora_up = type(layer)(rank, out_channels, bias=False)  # B
         self.register_buffer("alpha", torch.tensor(float(rank)))
         kernel = layer.weight[0, 0].numel()  # 9 of a 3x3 convolution
         nn.init.normal_(self.lora_down.weight, std=1 / (rank * kernel**0.5), generator=generator)

@@ -109,6 +109,8 @@ class Run:
     def begin(self, rank: int, sd: StableDiffusion, settings: Any, facts: dict[str, Any]) -> None:
         """Make OUT this run's, for all processes: the first claims it, the others wait for that. InputError in each
         of them where they differ, or do not see OUT."""
+        require(not (settings.lora and settings.offload),
+                "--offload: with --lora there is little to offload; leave it out")
         self.compare_processes(settings, facts)
         if rank == 0:
             require(settings.log is None or find_spec(settings.log) is not None,
@@ -140,8 +142,6 @@ class Run:
         not get as far as a checkpoint may be started over; its class images stay.
         """
         config = self.out / "config.json"
-        require(not (settings.lora and settings.offload),
-                "--offload: with --lora there is little to offload; leave it out")
         require(config.exists() or not settings.resume,
                 f"--resume: no run in {self.out}; leave --resume out to start one")
         visible = [path for path in self.out.glob("*") if not path.name.startswith(".")]
@@ -350,15 +350,14 @@ def memory_plan(sd: StableDiffusion, settings: Any, dtype: torch.dtype, world_si
         weights, gradients, optimizer, copies = low, dtype.itemsize * trained, 0, 0
     elif dtype == torch.float32 or settings.recompute:
         copies = 0
-    config, pictures = sd.unet.config, sum(settings.examples[: 2 if settings.prior_weight else 1])
+    config, pictures = sd.unet.config, sum(settings.examples)
     kept = KEPT * pictures * config.block_out_channels[0] * config.sample_size**2 * dtype.itemsize
     activations = kept / 8 if settings.recompute else kept
     # the backward pass frees activations as it makes gradients; those of an earlier micro-step, and DDP's buckets, stay
     at_once = sum if settings.accumulate > 1 or world_size > 1 else max
-    frozen = settings.frozen_prior and settings.prior_weight > 0
-    before = low if frozen else 0
-    in_all = weights + before + optimizer + at_once([gradients, copies + activations])
-    sizes = {"weights": weights, "the model before training": before, "gradients": gradients, "optimizer": optimizer,
+    frozen = low if settings.frozen_prior and settings.prior_weight > 0 else 0
+    in_all = weights + frozen + optimizer + at_once([gradients, copies + activations])
+    sizes = {"weights": weights, "the model before training": frozen, "gradients": gradients, "optimizer": optimizer,
              "low-precision copies": copies, "activations": activations}
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items() if size)
     return f"memory in GB: {parts}; at once {in_all / 1e9:.2f}, and on a GPU some 0.7 for CUDA itself"

@@ -38,7 +38,7 @@ from tinydb.clip import EncoderLayer
 from tinydb.config import Checked, Recipe, require, write_json
 from tinydb.data import Batch, Latents, random_batch, read_pictures, to_device
 from tinydb.layers import ResnetBlock2D
-from tinydb.lora import LORA_FILE, attach, save_lora
+from tinydb.lora import LORA_FILE, attach, save_lora, without_updates
 from tinydb.pictures import no_picture_in, pictures_digest
 from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, load
 from tinydb.prompts import prompt_remarks, read_captions, subject_prompts
@@ -81,7 +81,8 @@ class Settings(Checked):
     class_prompts: str | None = option(None, "file of prompts, see weights/class_prompts.txt; or: plain", free=True,
                                       before="plain")
     frozen_prior: bool | None = option(None, "hold class images to what the model predicted before training: the class "
-                                             "stays better, two models are in memory (default: recipe)", before=False)
+                                             "stays better; takes the memory of a second model, but not with --lora "
+                                             "(default: recipe)", before=False)
     precision: str = option("auto", "of the computation; trained weights are always fp32. auto: bf16 or fp16 on a GPU",
                             choices=("auto", "fp32", "bf16", "fp16"), free=True)
     recompute: bool = option(False, "keep fewer activations and recompute them: less memory, slower", free=True,
@@ -108,8 +109,6 @@ class Settings(Checked):
         lr_text = recipe.lr_text * (lr / recipe.lr) if self.lr_text is None else self.lr_text  # the ratio stays
         names = ("steps", "lr_decay", "batch", "save_every", "class_images", "frozen_prior", "lora_conv")
         from_recipe = {name: getattr(recipe, name) for name in names if getattr(self, name) is None}
-        if self.lora and self.frozen_prior is None:
-            from_recipe["frozen_prior"] = False  # a second model would take the memory that LoRA saves
         return replace(self, lr=lr, lr_text=None if self.freeze_text else lr_text, **from_recipe,
                        class_noun=plain_noun(self.class_noun, self.identifier),
                        out=self.out or usual_folder(self.images))
@@ -161,7 +160,7 @@ class DreamBoothLoss(nn.Module):
         target = self.schedule.target(latents, noise, timesteps)
         if self.frozen is not None:
             n = counts[0]  # after them come the class images
-            with torch.no_grad():
+            with torch.no_grad(), without_updates(self.lora):
                 frozen_embeds = self.frozen.text_encoder(prompt_ids)[inverse[n:]]
                 frozen_prediction = self.frozen.unet(noisy_latents[n:], timesteps[n:], frozen_embeds)
             target = torch.cat([target[:n], frozen_prediction.float()])
@@ -229,6 +228,7 @@ def load_checkpoint(folder: Path, model: DreamBoothLoss, optimizer: torch.optim.
 
 def start_processes(name: str) -> tuple[int, int, torch.device]:
     """One process, or one per GPU: torchrun tells each of them which of how many it is, by the environment.
+
     Returns rank, world size and device; `name` is the device from the command line.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -250,7 +250,7 @@ def trainable(sd: StableDiffusion, weights: Path, prompts: list[list[str]], sett
     """The loss as one module, and AdamW over its trained parameters: the model's own, or those of low-rank updates."""
     lora, frozen = None, None
     if settings.frozen_prior and settings.prior_weight > 0:
-        before = load(weights, sd.device, dtype)
+        before = sd if settings.lora else load(weights, sd.device, dtype)  # updates leave the model as it was
         frozen = nn.ModuleDict({"unet": before.unet, "text_encoder": before.text_encoder})
     learnt = {"unet": sd.unet} if settings.freeze_text else {"unet": sd.unet, "text_encoder": sd.text_encoder}
     if settings.lora:

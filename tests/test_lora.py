@@ -21,6 +21,7 @@ from tinydb import run
 from tinydb.cli import Parser
 from tinydb.clip import CLIPTextModel
 from tinydb.config import ModelInfo
+from tinydb.data import Latents, random_batch
 from tinydb.lora import attach, save_lora
 from tinydb.pipeline import StableDiffusion
 
@@ -298,6 +299,20 @@ def test_disk_for_updates_is_that_of_updates(pairs, monkeypatch, tmp_path, convo
                                                              save_every=1, keep=1))
     numbers = sum(p.numel() for p in random_updates(sd, rank=3, convolutions=convolutions).parameters())
     assert asked == [4 * numbers * (3 * 2 + 1)]  # two checkpoints, and the result
+
+
+def test_frozen_prior_is_the_model_without_its_updates(pair):
+    """It takes no second model: the prediction before training is that of the same layers, without what they learn."""
+    sd, before = tinydb.load(pair.folder), tinydb.load(pair.folder)
+    updates, prompts = random_updates(sd), [["a photo of ohwx dog"] * 2, ["a photo of a dog", "a red dog"]]
+    latents = torch.randn(2, sd.unet.config.in_channels, 8, 8)
+    batch = random_batch([Latents(latents, 0.1 * torch.ones_like(latents))] * 2, [2, 2], 1000, seed=0, step=0)
+    frozen = nn.ModuleDict({"unet": sd.unet, "text_encoder": sd.text_encoder})
+    ours = train.DreamBoothLoss(sd, prompts, False, updates, frozen)(batch)
+    second = nn.ModuleDict({"unet": before.unet, "text_encoder": before.text_encoder})
+    torch.testing.assert_close(ours, train.DreamBoothLoss(sd, prompts, False, updates, second)(batch))
+    ours.sum().backward()
+    assert all(parameter.grad is not None for parameter in updates.parameters())
 
 
 def test_what_is_learnt_is_what_the_file_adds(teach, nano, tmp_path):

@@ -659,16 +659,21 @@ def drawings(monkeypatch) -> list[list[str]]:
     return calls
 
 
-def test_class_images_are_what_the_model_draws_of_the_class(teach, nano, tmp_path):
-    """Picture i from seed + i."""
-    out = teach(tmp_path / "out", class_images=10, seed=7, steps=1)
+@pytest.mark.parametrize("sampler, name", [("ddim", "DDIM"), ("dpm", "DPM++ 2M")])
+def test_class_images_are_what_the_model_draws_of_the_class(teach, nano, tmp_path, sampler, name):
+    """Picture i from seed + i, by the recipe's sampler."""
+    sd = tinydb.load(nano)
+    sd.info = replace(sd.info, recipe=replace(sd.info.recipe, class_sampler=sampler))
+    sd.save(tmp_path / "model")
+    out = teach(tmp_path / "out", weights=str(tmp_path / "model"), class_images=10, seed=7, steps=1)
     [folder] = (out / "class_images").iterdir()
     images = [Image.open(path) for path in sorted(folder.glob("*.png"))]
     assert len(images) == 10
-    expected = tinydb.load(nano).generate(["a photo of a dog"] * 10, steps=2, guidance_scale=2.0, seed=7)
+    expected = tinydb.load(nano).generate(["a photo of a dog"] * 10, steps=2, sampler=sampler, guidance_scale=2.0,
+                                          seed=7)
     assert difference(images, expected) <= 1
     assert images[9].text["parameters"] == (
-        "a photo of a dog\nNegative prompt: \nSteps: 2, Sampler: DDIM, Seed: 16, CFG scale: 2.0")
+        f"a photo of a dog\nNegative prompt: \nSteps: 2, Sampler: {name}, Seed: 16, CFG scale: 2.0")
 
 
 def test_class_images_of_an_earlier_run_are_used_as_they_are(teach, tmp_path, monkeypatch):
@@ -686,7 +691,7 @@ def test_class_images_of_an_earlier_run_are_used_as_they_are(teach, tmp_path, mo
 
 
 def test_key_of_class_images(nano, tmp_path):
-    """It tells model, prompt, size, steps, guidance and seed, and nothing else."""
+    """It tells model, prompt, size, steps, sampler, guidance and seed, and nothing else."""
     def key(folder: Path, noun: str = "dog", seed: int = 0, **recipe: float) -> str:
         sd = tinydb.load(folder)
         sd.info = replace(sd.info, recipe=replace(sd.info.recipe, **recipe))
@@ -700,7 +705,7 @@ def test_key_of_class_images(nano, tmp_path):
     (larger / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": 16}))
     assert key(copied) == key(nano) == key(nano, lr=1.0, class_images=9)
     keys = [key(nano), key(other), key(larger), key(nano, "cat"), key(nano, seed=1),
-            key(nano, class_steps=3), key(nano, class_guidance=1.0)]
+            key(nano, class_steps=3), key(nano, class_guidance=1.0), key(nano, class_sampler="dpm")]
     assert len(set(keys)) == len(keys)
 
 

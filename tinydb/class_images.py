@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from tinydb.config import require
+from tinydb.config import Recipe, require
 from tinydb.data import fit, open_picture, read_pictures
+from tinydb.diffusion import SAMPLERS
 from tinydb.pictures import describe, save_png
 from tinydb.pipeline import DEFAULT_IDENTIFIER, LAST_SEED, StableDiffusion, load
 from tinydb.prompts import class_prompt, fill, read_captions, read_templates
@@ -19,8 +20,8 @@ from tinydb.storage import fingerprint, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 
 GROUP = 8  # pictures drawn together; fixed, since it decides their last bit
-# What a key always tells of the schedule. A field that is added later counts only if it differs from its default: so
-# older keys stay valid.
+# What a key always tells of the schedule. A field that is added later, there or to the recipe, counts only if it
+# differs from its default: so older keys stay valid.
 KEY_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
 
 
@@ -72,10 +73,11 @@ class ClassImages:
             varied = read_templates(Path(templates))
         self.varied = [fill(template, noun) for template in varied]
         prompts = [self.plain, recipe.plain_share, *self.varied] if self.varied else self.plain
+        sampler = [recipe.class_sampler] if recipe.class_sampler != Recipe.class_sampler else []
         entries = schedule.HEADER | {f.name: getattr(schedule, f.name) for f in fields(schedule)
                                      if f.name in KEY_FIELDS or getattr(schedule, f.name) != f.default}
         self.key = fingerprint(weights, json.dumps([prompts, sd.resolution, entries, recipe.class_steps,
-                                                    recipe.class_guidance, seed, GROUP]))
+                                                    recipe.class_guidance, seed, GROUP, *sampler]))
 
     def bring(self, folder: Path) -> list[str]:
         """Take the pictures in a folder of yours; a line on each file that cannot be used."""
@@ -124,10 +126,11 @@ class ClassImages:
                 break
             seeds = [(self.seed + i) % (LAST_SEED + 1) for i in group]
             prompts = [self.prompt(i) for i in group]
-            images = sd.generate(prompts, steps=recipe.class_steps, guidance_scale=recipe.class_guidance,
-                                 seed=seeds[0])
+            images = sd.generate(prompts, steps=recipe.class_steps, sampler=recipe.class_sampler,
+                                 guidance_scale=recipe.class_guidance, seed=seeds[0])
             for i, image, prompt, seed in zip(group, images, prompts, seeds):
-                about = describe(prompt, "", self.sd.identifier, Steps=recipe.class_steps, Sampler="DDIM", Seed=seed,
+                about = describe(prompt, "", self.sd.identifier, Steps=recipe.class_steps,
+                                 Sampler=SAMPLERS[recipe.class_sampler].name, Seed=seed,
                                  **{"CFG scale": recipe.class_guidance})
                 paths[i].parent.mkdir(parents=True, exist_ok=True)
                 paths[i].with_suffix(".txt").write_text(prompt + "\n", encoding="utf-8")

@@ -52,9 +52,9 @@ def read_json(path: Path) -> dict[str, Any]:
         check_file(path, LARGEST_JSON)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; a model folder has one (see convert_weights.py)") from None
+        raise InputError(f"{path}: no such file; expected a whole folder of a model or of a run") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not readable as JSON ({error}); copy or convert the folder again") from None
+        raise InputError(f"{path}: not readable as JSON ({error}); bring a whole copy of it") from None
     require(isinstance(content, dict), f"{path}: holds a {type(content).__name__}, expected an object of settings")
     return content
 
@@ -363,7 +363,8 @@ class Recipe(Checked):
     lr_decay: float = setting(0.0, least=0, most=1)  # last part of the steps, over which the rates fall to 0
     frozen_prior: bool = False  # whether the class images' target is what the model predicted before training
     class_images: int = setting(200, least=1, most=10**5)
-    class_steps: int = setting(50, least=1)  # DDIM steps for a class image
+    class_steps: int = setting(50, least=1)  # for a class image
+    class_sampler: str = "ddim"
     class_guidance: float = 7.5
     class_prompts: tuple[str, ...] = ()  # templates with {noun} beside the plain prompt, for the varied class images
     plain_share: float = setting(0.75, least=0, most=1)  # of the class images, where there are templates

@@ -13,6 +13,8 @@ under the path of the layer with _ for dots: the names of kohya's trainer, which
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +63,23 @@ class LowRank(nn.Module):
         nn.init.normal_(self.lora_down.weight, std=1 / (rank * kernel**0.5), generator=generator)
         nn.init.zeros_(self.lora_up.weight)  # the first step starts from the model as it is
         self.to(layer.weight.device)
+        self.added = True
         layer.register_forward_hook(self.add)
 
     def add(self, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         """W x and the x that went in, (B, L, C_in) -> (B, L, C_out); of a convolution maps (B, C, h, w)."""
-        return output + self.lora_up(self.lora_down(inputs[0]))
+        return output + self.lora_up(self.lora_down(inputs[0])) if self.added else output
+
+
+@contextmanager
+def without_updates(updates: nn.ModuleDict | None) -> Iterator[None]:
+    """Within it, the layers compute as before training: `updates` are not added."""
+    layers = [] if updates is None else updates.values()
+    for update in layers:
+        update.added = False
+    yield
+    for update in layers:
+        update.added = True
 
 
 def adapted_layers(part: str, model: nn.Module, convolutions: bool) -> dict[str, nn.Linear | nn.Conv2d]:

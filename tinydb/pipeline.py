@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tinydb.clip import CLIPTextModel
 from tinydb.cli import option
-from tinydb.config import (Checked, ModelInfo, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, read_json,
+from tinydb.config import (Checked, InputError, ModelInfo, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, read_json,
                            require, write_json)
 from tinydb.diffusion import SAMPLERS, FreshNoise, NoiseSchedule, guided, sample, sampler_timesteps
 from tinydb.lora import merge_lora
@@ -268,4 +268,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
         models.append(model.to(torch.float32 if part == "vae" else dtype))
     tokenizer = CLIPTokenizer.read(folder / "tokenizer")
     info = ModelInfo.read(folder / "tinydb.json")
-    return StableDiffusion(*models, tokenizer, schedule, info).to(device)
+    try:
+        return StableDiffusion(*models, tokenizer, schedule, info).to(device)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None

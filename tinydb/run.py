@@ -355,7 +355,8 @@ def memory_plan(sd: StableDiffusion, settings: Any, dtype: torch.dtype, world_si
     activations = kept / 8 if settings.recompute else kept
     # the backward pass frees activations as it makes gradients; those of an earlier micro-step, and DDP's buckets, stay
     at_once = sum if settings.accumulate > 1 or world_size > 1 else max
-    frozen = low if settings.frozen_prior and settings.prior_weight > 0 else 0
+    second_model = settings.frozen_prior and settings.prior_weight > 0 and not settings.lora
+    frozen = low if second_model else 0
     in_all = weights + frozen + optimizer + at_once([gradients, copies + activations])
     sizes = {"weights": weights, "the model before training": frozen, "gradients": gradients, "optimizer": optimizer,
              "low-precision copies": copies, "activations": activations}

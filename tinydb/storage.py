@@ -92,7 +92,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         refuse_pointer(path)
         return load_file(path)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; for .bin, fp16 or sharded weights run "
+        raise InputError(f"{path}: no such file; if there are .bin, fp16 or sharded weights in its place, run "
                          "`python convert_weights.py FOLDER NEW_FOLDER` first") from None
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: not a whole safetensors file ({error}); download or copy it again") from None

@@ -1,4 +1,4 @@
-"""The autoencoder (arXiv 2112.10752, section 3.1): pictures to latents of 1/8 the side (in tiny 1/4) and back.
+"""The autoencoder (arXiv 2112.10752, section 3.1): pictures to latents of 1/8 the side and back.
 
 It owns its scale factor: latents that come out of `encode`, and that `decode` takes, have about unit variance.
 """

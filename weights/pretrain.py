@@ -1,15 +1,18 @@
 """Train the embedded model from nothing, on the world of world.py: first the autoencoder, then text encoder and UNet.
 
     python weights/pretrain.py                     # runs/pretrain, and at the end weights/tiny
-    python weights/pretrain.py --images 99 --vae-steps 9 --decoder-steps 9 --steps 9 --out runs/try --result runs/tiny
+    python weights/pretrain.py --images 99 --vae-steps 9 --grow-steps 9 --steps 9 --late-steps 9 --out runs/try \
+        --result runs/tiny
 
 The same command continues a run that was interrupted. It runs unchanged on a GPU. OUT/*.png show how far it is.
 """
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,9 +41,12 @@ from tinydb.unet import Transformer2DModel, UNet2DConditionModel
 from tinydb.vae import AutoencoderKL
 from world import Scene, caption, full_caption, render, sample_scene
 
-SIZE = 64  # pixels
-VAE = VAEConfig(("DownEncoderBlock2D",) * 3, ("UpDecoderBlock2D",) * 3, block_out_channels=(16, 32, 64),
+SIZE = 128  # pixels
+VAE = VAEConfig(("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4, block_out_channels=(16, 16, 32, 64),
                 latent_channels=8, norm_num_groups=8, scaling_factor=1.0, sample_size=SIZE)
+# The latents are learnt on half the size, where a step takes a quarter of the time
+SMALL_VAE = replace(VAE, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+                    block_out_channels=(16, 32, 64), sample_size=SIZE // 2)
 UNET = UNetConfig(sample_size=SIZE // VAE.factor, in_channels=8, out_channels=8,
                   down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
                   up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -58,8 +64,8 @@ SCHEDULE = ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="sca
 # believes; with 3, all are of the same kind, and learning from them narrows the class and hides the subject.
 RECIPE = Recipe(
     steps=120, batch=6, lr=4e-4, lr_text=4e-5, lr_freeze_text=4e-4, lr_lora=4e-3, lora_conv=True, lr_decay=0.5,
-    save_every=40, frozen_prior=True, class_images=48, class_steps=10, class_guidance=1.5, sample_steps=30,
-    guidance=3.0,
+    save_every=60, frozen_prior=True, class_images=48, class_steps=6, class_sampler="dpm", class_guidance=1.5,
+    sample_steps=30, guidance=3.0,
     class_prompts=(
         "a red {noun} on the moon", "an orange {noun} in the forest wearing a red hat", "a yellow {noun} under the sea",
         "a green {noun} on the grass wearing a red hat", "a blue {noun} in the snow",
@@ -85,28 +91,36 @@ class Settings(Checked):
 
     out: str = option("runs/pretrain", "folder of scenes, checkpoints and previews")
     result: str = option(str(Path(__file__).parent / "tiny"), "model folder to write at the end")
-    images: int = option(30000, "scenes to render", least=1)
-    vae_steps: int = option(7000, "steps of the autoencoder", least=1)
-    decoder_steps: int = option(10000, "more steps of its decoder alone", least=1)
+    images: int = option(60000, "scenes to render", least=1)
+    vae_steps: int = option(7000, "steps of the autoencoder on half the size", least=1)
+    grow_steps: int = option(4000, "steps of the autoencoder on the whole size", least=1)
     vae_batch: int = option(8, "crops a step", least=2)
     vae_lr: float = option(2e-3, "learning rate of the autoencoder", above=0)
     steps: int = option(7000, "steps of text encoder and UNet", least=1)
+    late_steps: int = option(2800, "more steps of both, in batches four times as large", least=1)
     batch: int = option(16, "pictures a step", least=1)
     lr: float = option(1e-3, "learning rate of text encoder and UNet", above=0)
     seed: int = option(0, "decides everything random", least=0)
     device: str = option("auto", "cpu, cuda, mps, ... or auto")
 
 
+def draw_scene(number: int, seed: int) -> tuple[np.ndarray, Scene]:
+    """A scene that is not held out: uint8 pixels (SIZE, SIZE, 3), and what they show."""
+    rng = np.random.default_rng([seed, number])
+    scene = sample_scene(rng)
+    return np.asarray(render(scene, rng, SIZE)), scene
+
+
 def draw_scenes(count: int, seed: int, out: Path) -> tuple[np.ndarray, list[Scene]]:
-    """`count` scenes that are not held out: uint8 pictures (count, 64, 64, 3), kept in OUT, and what they show."""
+    """`count` scenes, drawn by all cores and kept in OUT: pictures (count, SIZE, SIZE, 3), and what they show."""
     path = out / f"scenes-{seed}-{count}.npy"
-    rng = np.random.default_rng(seed)
-    scenes = [sample_scene(rng) for _ in range(count)]
     if not path.exists():
-        pictures = [np.asarray(render(scene, rng)) for scene in tqdm(scenes, "drawing the world")]
+        with ProcessPoolExecutor() as pool:
+            drawn = pool.map(partial(draw_scene, seed=seed), range(count), chunksize=100)
+            pictures = np.stack([picture for picture, _ in tqdm(drawn, "drawing the world", total=count)])
         with written_whole(path) as temporary, temporary.open("wb") as file:
-            np.save(file, np.stack(pictures))
-    return np.load(path, mmap_mode="r"), scenes
+            np.save(file, pictures)
+    return np.load(path, mmap_mode="r"), [sample_scene(np.random.default_rng([seed, i])) for i in range(count)]
 
 
 def train(name: str, model: nn.Module, loss_of: Callable[[nn.Module, np.random.Generator], Tensor], steps: int,
@@ -116,8 +130,8 @@ def train(name: str, model: nn.Module, loss_of: Callable[[nn.Module, np.random.G
     `loss_of(model, rng)` draws a batch and returns the loss; the rng of a step depends on seed and step alone, so a run
     that continues sees what it would have seen. `preview(average)` may draw pictures, and returns a line to print.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [{"params": [p for p in part.parameters() if p.requires_grad], "scale": LR_SCALES.get(part_name, 1.0)}
+    model.requires_grad_(True)
+    groups = [{"params": list(part.parameters()), "scale": LR_SCALES.get(part_name, 1.0)}
               for part_name, part in model.named_children()]
     optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average = deepcopy(model).requires_grad_(False)
@@ -139,7 +153,7 @@ def train(name: str, model: nn.Module, loss_of: Callable[[nn.Module, np.random.G
             group["lr"] = group["scale"] * lr * warmup * decay
         loss = loss_of(model, np.random.default_rng([seed, step]))
         loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1)
+        nn.utils.clip_grad_norm_(model.parameters(), 1)
         optimizer.step()
         optimizer.zero_grad()
         keep = min(0.999, (1 + step) / (10 + step))  # the average forgets the beginning fast
@@ -159,47 +173,85 @@ def train(name: str, model: nn.Module, loss_of: Callable[[nn.Module, np.random.G
     return average
 
 
-def train_vae(settings: Settings, pictures: np.ndarray, out: Path, device: torch.device) -> AutoencoderKL:
-    """The autoencoder: L1 + L2 and a KL term so light that it only keeps the latents bounded.
-
-    First all of it on crops, which give the most steps for the time; then, as Stable Diffusion's own VAE was finished,
-    the decoder alone on whole pictures, where its norms see what they will see in use.
-    """
-    torch.manual_seed(settings.seed)
-    vae = AutoencoderKL(VAE).to(device, memory_format=torch.channels_last)
+def new_vae(config: VAEConfig) -> AutoencoderKL:
+    """An autoencoder that starts with hardly any noise on its latents, and with every residual branch silent."""
+    vae = AutoencoderKL(config)
     with torch.no_grad():
-        vae.quant_conv.bias[VAE.latent_channels:] = -8  # start with hardly any noise on the latents
+        vae.quant_conv.bias[config.latent_channels:] = -8
         for name, parameter in vae.named_parameters():
             if name.endswith(("conv2.weight", "to_out.0.weight")):
-                parameter.zero_()  # start with every residual branch silent
+                parameter.zero_()
+    return vae
 
-    def loss_of(vae: AutoencoderKL, rng: np.random.Generator, batch: int, side: int) -> Tensor:
-        chosen, corners = rng.integers(len(pictures), size=batch), rng.integers(SIZE - side + 1, size=(batch, 2))
-        crops = np.stack([pictures[i, y : y + side, x : x + side] for i, (y, x) in zip(chosen, corners)])
-        if rng.random() < 0.5:  # colours that the world lacks: subjects, photographs
-            crops = np.ascontiguousarray(crops[..., rng.permutation(3)])
-        pixels = to_pixels(crops).to(device, memory_format=torch.channels_last)
+
+def random_crops(pictures: np.ndarray, batch: int, side: int, rng: np.random.Generator, device: torch.device) -> Tensor:
+    """Squares out of random pictures: pixels (batch, 3, side, side)."""
+    chosen, corners = rng.integers(len(pictures), size=batch), rng.integers(SIZE - side + 1, size=(batch, 2))
+    crops = np.stack([pictures[i, y : y + side, x : x + side] for i, (y, x) in zip(chosen, corners)])
+    if rng.random() < 0.5:  # colours that the world lacks: subjects, photographs
+        crops = np.ascontiguousarray(crops[..., rng.permutation(3)])
+    return to_pixels(crops).to(device, memory_format=torch.channels_last)
+
+
+def random_noise(like: Tensor, rng: np.random.Generator) -> Tensor:
+    return torch.from_numpy(rng.standard_normal(like.shape, np.float32)).to(like.device)
+
+
+def show_vae(vae: AutoencoderKL, pixels: Tensor, path: Path) -> str:
+    """How well pictures that it never saw survive the autoencoder; some of them, before and after, go to `path`."""
+    decoded = torch.cat([vae.decode(vae.encode(part)[0]) for part in pixels.split(32)]).clamp(-1, 1)
+    psnr = 10 * torch.log10(4 / (decoded - pixels).square().mean((1, 2, 3)))  # peak to peak is 2
+    grid(to_images(torch.cat([pixels[:16], decoded[:16]])), 8).save(path)
+    return f"PSNR on unseen scenes {psnr.mean():.2f} dB"
+
+
+def train_vae(settings: Settings, pictures: np.ndarray, out: Path, device: torch.device) -> AutoencoderKL:
+    """An autoencoder of pictures half the size: L1 + L2, and a KL term so light that it only keeps latents bounded. It
+    learns on crops, which give the most steps for the time."""
+    torch.manual_seed(settings.seed)
+    vae = new_vae(SMALL_VAE).to(device, memory_format=torch.channels_last)
+    unseen = F.avg_pool2d(to_pixels(draw_scenes(128, settings.seed + 1, out)[0][:]).to(device), 2)
+
+    def loss_of(vae: AutoencoderKL, rng: np.random.Generator) -> Tensor:
+        pixels = F.avg_pool2d(random_crops(pictures, settings.vae_batch, SIZE // 2, rng, device), 2)
         mean, std = vae.encode(pixels)
-        noise = torch.from_numpy(rng.standard_normal(mean.shape, np.float32)).to(device)
-        error = vae.decode(mean + std * noise) - pixels
+        error = vae.decode(mean + std * random_noise(mean, rng)) - pixels
         kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
         return error.abs().mean() + error.square().mean() + 1e-5 * kl
 
-    unseen, _ = draw_scenes(128, settings.seed + 1, out)
-    pixels = to_pixels(unseen[:]).to(device)
+    return train("vae", vae, loss_of, settings.vae_steps, settings.vae_lr, settings.seed, out,
+                 lambda average: show_vae(average, unseen, out / "vae.png"))
 
-    def preview(average: AutoencoderKL) -> str:
-        decoded = torch.cat([average.decode(average.encode(part)[0]) for part in pixels.split(32)]).clamp(-1, 1)
-        psnr = 10 * torch.log10(4 / (decoded - pixels).square().mean((1, 2, 3)))  # peak to peak is 2
-        grid(to_images(torch.cat([pixels[:16], decoded[:16]])), 8).save(out / "vae.png")
-        return f"PSNR on unseen scenes {psnr.mean():.2f} dB"
 
-    crops = partial(loss_of, batch=settings.vae_batch, side=SIZE // 2)
-    vae = train("vae", vae, crops, settings.vae_steps, settings.vae_lr, settings.seed, out, preview)
-    vae.decoder.requires_grad_(True)
-    vae.post_quant_conv.requires_grad_(True)
-    whole = partial(loss_of, batch=settings.vae_batch // 2, side=SIZE)
-    return train("decoder", vae, whole, settings.decoder_steps, settings.vae_lr / 2, settings.seed, out, preview)
+def grow_vae(settings: Settings, small: AutoencoderKL, pictures: np.ndarray, out: Path,
+             device: torch.device) -> AutoencoderKL:
+    """An autoencoder of whole pictures around the latents of `small`: its blocks, and one more at each outer end.
+
+    The encoder learns to find the latents that `small` finds in half the size. The decoder learns to draw from them
+    twice as fine, and, from latents with noise on them, to make the best of what a UNet gets wrong. The third term of
+    its loss, L1 of the differences between neighbours, asks for sharp edges.
+    """
+    torch.manual_seed(settings.seed)
+    vae = new_vae(VAE)
+    inner = {re.sub(r"(?<=encoder\.down_blocks\.)\d", lambda block: str(int(block[0]) + 1), name): tensor
+             for name, tensor in small.state_dict().items()}
+    vae.load_state_dict(vae.state_dict() | inner)
+    vae.to(device, memory_format=torch.channels_last)
+    unseen = to_pixels(draw_scenes(128, settings.seed + 1, out)[0][:]).to(device)
+
+    def loss_of(vae: AutoencoderKL, rng: np.random.Generator) -> Tensor:
+        pixels = random_crops(pictures, settings.vae_batch // 2, SIZE, rng, device)
+        with torch.no_grad():
+            wanted, wanted_std = small.encode(F.avg_pool2d(pixels, 2))
+        mean, std = vae.encode(pixels)
+        match = (mean - wanted).square().mean() + 0.01 * (std.log() - wanted_std.log()).square().mean()
+        much = 0.2 * wanted.std() * torch.from_numpy(rng.random((len(pixels), 1, 1, 1), np.float32)).to(device)
+        error = vae.decode(wanted + (wanted_std + much) * random_noise(wanted, rng)) - pixels
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        return error.abs().mean() + error.square().mean() + 0.5 * edges + match / wanted.var()
+
+    return train("grown-vae", vae, loss_of, settings.grow_steps, settings.vae_lr / 2, settings.seed, out,
+                 lambda average: show_vae(average, unseen, out / "grown-vae.png"))
 
 
 def make_tokenizer(words: list[str]) -> CLIPTokenizer:
@@ -218,7 +270,7 @@ def make_tokenizer(words: list[str]) -> CLIPTokenizer:
 def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, out: Path, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents of every picture, (N, C, h, w) each, kept in OUT and on the CPU."""
     path = out / f"latents-{len(pictures)}.safetensors"
-    if not path.exists() or path.stat().st_mtime < (out / "vae.pt").stat().st_mtime:
+    if not path.exists() or path.stat().st_mtime < (out / "grown-vae.pt").stat().st_mtime:
         parts = [vae.encode(to_pixels(pictures[i : i + 64]).to(device, memory_format=torch.channels_last))
                  for i in tqdm(range(0, len(pictures), 64), "encoding the world")]
         with written_whole(path) as temporary:
@@ -230,14 +282,14 @@ def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, out: Path, device:
 
 def train_text_to_image(settings: Settings, sd: StableDiffusion, pictures: np.ndarray, scenes: list[Scene],
                         out: Path, device: torch.device) -> None:
-    """Text encoder and UNet together, on latents of the finished autoencoder; `sd` gets their moving averages."""
+    """Text encoder and UNet together, on latents of the finished autoencoder; `sd` gets their moving averages. First
+    in many steps of small batches, then in large ones, whose gradients have less noise."""
     mean, std = encode_pictures(sd.vae, pictures, out, device)
     scaling = 1 / (mean.var() + std.square().mean()).sqrt().item()  # latents of unit variance
     sd.vae.config = replace(VAE, scaling_factor=scaling)
     mean, std = mean * scaling, std * scaling
 
-    def loss_of(model: nn.ModuleDict, rng: np.random.Generator) -> Tensor:
-        batch = settings.batch
+    def loss_of(model: nn.ModuleDict, rng: np.random.Generator, batch: int) -> Tensor:
         chosen = torch.from_numpy(rng.integers(len(scenes), size=batch))
         captions = [caption(scenes[i], rng) if rng.random() > 0.1 else "" for i in chosen]  # "" for guidance
         # one timestep from each of `batch` equal ranges: the loss varies less from step to step
@@ -247,8 +299,10 @@ def train_text_to_image(settings: Settings, sd: StableDiffusion, pictures: np.nd
         latents = (mean[chosen] + std[chosen] * noises[0]).to(device)
         noise = noises[1].to(device)
         noisy = sd.schedule.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        text_embeds = model["text_encoder"](sd.tokenizer.encode(captions).to(device))
-        return F.mse_loss(model["unet"](noisy, timesteps, text_embeds), sd.schedule.target(latents, noise, timesteps))
+        with torch.autocast(device.type, torch.bfloat16):
+            text_embeds = model["text_encoder"](sd.tokenizer.encode(captions).to(device))
+            prediction = model["unet"](noisy, timesteps, text_embeds)
+        return F.mse_loss(prediction.float(), sd.schedule.target(latents, noise, timesteps))
 
     def preview(average: nn.ModuleDict) -> str:
         shown = replace(sd, text_encoder=average["text_encoder"], unet=average["unet"])
@@ -257,8 +311,10 @@ def train_text_to_image(settings: Settings, sd: StableDiffusion, pictures: np.nd
         return f"{len(prompts)} pictures in {out / 'samples.png'}"
 
     model = nn.ModuleDict({"text_encoder": sd.text_encoder, "unet": sd.unet})
-    average = train("text-to-image", model, loss_of, settings.steps, settings.lr, settings.seed, out, preview)
-    sd.text_encoder, sd.unet = average["text_encoder"], average["unet"]
+    for name, steps, batch in (("text-to-image", settings.steps, settings.batch),
+                               ("large-batches", settings.late_steps, 4 * settings.batch)):
+        model = train(name, model, partial(loss_of, batch=batch), steps, settings.lr, settings.seed, out, preview)
+    sd.text_encoder, sd.unet = model["text_encoder"], model["unet"]
 
 
 def main(settings: Settings):
@@ -267,7 +323,8 @@ def main(settings: Settings):
     out.mkdir(parents=True, exist_ok=True)
     device = choose_device(settings.device)
     pictures, scenes = draw_scenes(settings.images, settings.seed, out)
-    vae = train_vae(settings, pictures, out, device).to(memory_format=torch.channels_last)
+    small = train_vae(settings, pictures, out, device)
+    vae = grow_vae(settings, small, pictures, out, device)
 
     words = " ".join(full_caption(scene) for scene in scenes).split()
     tokenizer = make_tokenizer(sorted({*words, "a", "an", "photo", "picture", "of", DEFAULT_IDENTIFIER}))

@@ -52,7 +52,8 @@ def read_json(path: Path) -> dict[str, Any]:
         check_file(path, LARGEST_JSON)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected a whole folder of a model or of a run") from None
+        raise InputError(f"{path}: no such file; expected the whole folder of a run, or of a model "
+                         "(convert_weights.py makes one)") from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({error}); bring a whole copy of it") from None
     require(isinstance(content, dict), f"{path}: holds a {type(content).__name__}, expected an object of settings")

@@ -175,11 +175,12 @@ def their_step(model: Model, batch: int, encode: bool = True) -> Callable[[], No
     return reference.training_step(pipeline, prompts, [pixels, pixels], batch, model.recipe, model.dtype, encode=encode)
 
 
-def our_class_images(sd: StableDiffusion, count: int, steps: int, guidance: float) -> None:
+def our_class_images(sd: StableDiffusion, count: int, recipe: Recipe) -> None:
     """As train.py draws them."""
     for first in range(0, count, GROUP):
         prompts = [PROMPTS[1]] * min(GROUP, count - first)
-        sd.generate(prompts, steps=steps, guidance_scale=guidance, seed=first)
+        sd.generate(prompts, steps=recipe.class_steps, sampler=recipe.class_sampler,
+                    guidance_scale=recipe.class_guidance, seed=first)
 
 
 def networks(model: Model) -> list[nn.Module]:
@@ -265,14 +266,14 @@ def draw_row(model: Model, name: str, count: int, goal: str) -> Row:
     return Row(name, goal, sides, drawing_floor(model, count, 50))
 
 
-def class_row(model: Model, name: str, count: int, steps: int, guidance: float, goal: str) -> Row:
-    """Class images: ours with these steps and guidance, theirs with the pipeline's own."""
+def class_row(model: Model, name: str, count: int, recipe: Recipe, goal: str) -> Row:
+    """Class images: ours by this recipe, theirs with the pipeline's own steps and guidance."""
     def sides() -> tuple[Measured, Measured]:
         sd, pipeline = model.ours(), model.theirs()
-        return (lambda: timed(lambda: our_class_images(sd, count, steps, guidance)),
+        return (lambda: timed(lambda: our_class_images(sd, count, recipe)),
                 lambda: timed(lambda: reference.draw_class_images(pipeline, PROMPTS[1], count)))
 
-    return Row(name, goal, sides, drawing_floor(model, count, steps), repeats=2)
+    return Row(name, goal, sides, drawing_floor(model, count, recipe.class_steps), repeats=2)
 
 
 def sampling_row(name: str, index: int, steps: int, goal: str, folder: Path, repeats: int | None = None) -> Row:
@@ -295,15 +296,13 @@ def job_row(model: Model, goal: str, folder: Path) -> Row:
 def cpu_rows(images: int, folder: Path) -> list[Row]:
     """The model in the box."""
     model = Model(TINY, torch.device("cpu"), torch.float32)
-    recipe = model.recipe
     return [
         step_row(model, "step, batch 4+4", 4, "0.55"),
         step_row(model, "step, batch 1+1", 1, "0.55"),
         step_row(model, "step, batch 4+4, no VAE on either side", 4, "0.9", encode=False),
         draw_row(model, "4 images, 50 steps, guidance", 4, "0.85"),
-        class_row(model, f"{images} class images, same sampler", images, 50, 7.5, "0.8"),
-        class_row(model, f"{images} class images, by the recipe", images, recipe.class_steps, recipe.class_guidance,
-                  "0.5"),
+        class_row(model, f"{images} class images, same sampler", images, Recipe(), "0.8"),
+        class_row(model, f"{images} class images, by the recipe", images, model.recipe, "0.5"),
         sampling_row("cold start to the first step", 0, 1, "0.45", folder),
         sampling_row("peak memory of sampling", 1, 20, "0.65", folder, repeats=2),
         job_row(model, "0.5", folder),
@@ -450,8 +449,8 @@ def their_drawing(model: Model, count: int, steps: int) -> Numbers:
 
 
 def our_class_drawing(model: Model, count: int) -> Numbers:
-    sd, recipe = model.ours(), model.recipe
-    return repeated(lambda: our_class_images(sd, count, recipe.class_steps, recipe.class_guidance), 1)
+    sd = model.ours()
+    return repeated(lambda: our_class_images(sd, count, model.recipe), 1)
 
 
 def their_class_drawing(model: Model, count: int) -> Numbers:

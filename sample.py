@@ -32,7 +32,7 @@ from tinydb.config import InputError, ModelInfo, require
 from tinydb.data import read_pictures
 from tinydb.diffusion import SAMPLERS
 from tinydb.lora import LORA_FILE
-from tinydb.pictures import MOST_SHOWN, describe, grid, open_picture, read_description, save_png
+from tinydb.pictures import MOST_SHOWN, VISIBLE, describe, grid, open_picture, read_description, save_png
 from tinydb.pipeline import LAST_SEED, Sampling, StableDiffusion
 from tinydb.run import config_around
 from tinydb.scores import NO_CLIP, Ranking, choose_clip, subject_pictures
@@ -333,7 +333,7 @@ def scores_text(score: dict[str, float]) -> str:
 def rank_folder(prompt: str, settings: Settings, weights: Path) -> None:
     """Print the pictures in the folder of --among and their scores, best first; the best come on a sheet."""
     ranking = open_ranking(ModelInfo.read(weights / "tinydb.json"), weights, prompt, settings)
-    pictures, remarks = read_pictures(Path(settings.among), ranking.clip.side)
+    pictures, remarks = read_pictures(Path(settings.among), max(ranking.clip.side, VISIBLE))
     require(bool(pictures),
             f"--among {settings.among}: no picture in it; expected JPEG or PNG files. {'; '.join(remarks)}")
     say(*remarks)

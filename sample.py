@@ -31,7 +31,7 @@ from tinydb.cli import choose_device, choose_dtype, extra, option, say
 from tinydb.config import InputError, ModelInfo, require
 from tinydb.data import read_pictures
 from tinydb.diffusion import SAMPLERS
-from tinydb.lora import LORA_FILE
+from tinydb.lora_files import LORA_FILE
 from tinydb.pictures import MOST_SHOWN, VISIBLE, describe, grid, open_picture, read_description, save_png
 from tinydb.pipeline import LAST_SEED, Sampling, StableDiffusion
 from tinydb.run import config_around

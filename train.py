@@ -38,7 +38,8 @@ from tinydb.clip import EncoderLayer
 from tinydb.config import Checked, Recipe, require, write_json
 from tinydb.data import Batch, Latents, random_batch, read_pictures, to_device
 from tinydb.layers import ResnetBlock2D
-from tinydb.lora import LORA_FILE, attach, save_lora, without_updates
+from tinydb.lora import attach, without_updates
+from tinydb.lora_files import LORA_FILE, save_lora
 from tinydb.pictures import no_picture_in, pictures_digest
 from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, load
 from tinydb.prompts import prompt_remarks, read_captions, subject_prompts
@@ -80,9 +81,8 @@ class Settings(Checked):
     class_dir: str | None = option(None, "class images of your own, or an earlier run's class_images", free=True)
     class_prompts: str | None = option(None, "file of prompts, see weights/class_prompts.txt; or: plain", free=True,
                                       before="plain")
-    frozen_prior: bool | None = option(None, "hold class images to what the model predicted before training: the class "
-                                             "stays better; takes the memory of a second model, but not with --lora "
-                                             "(default: recipe)", before=False)
+    frozen_prior: bool | None = option(None, "keep the class better, by what the model predicted before training; "
+                                             "takes a second model, except with --lora (default: recipe)", before=False)
     precision: str = option("auto", "of the computation; trained weights are always fp32. auto: bf16 or fp16 on a GPU",
                             choices=("auto", "fp32", "bf16", "fp16"), free=True)
     recompute: bool = option(False, "keep fewer activations and recompute them: less memory, slower", free=True,

@@ -9,8 +9,8 @@ import tinydb
 
 PACKAGE = Path(tinydb.__file__).parent
 # Each file may import those before it. The mathematics of diffusion comes before the networks: it knows none of them.
-ORDER = ("config cli storage tokenizer prompts pictures diffusion layers clip unet lora vae pipeline data attention "
-         "report run class_images scores __init__").split()
+ORDER = ("config cli storage tokenizer prompts pictures lora_files diffusion layers clip unet lora vae pipeline data "
+         "attention report run class_images scores __init__").split()
 DISK = ("open", "os.", "shutil.", "tempfile.", "glob.", "pathlib.", "subprocess.", "socket.")  # audit events
 
 

@@ -22,7 +22,8 @@ from tinydb.cli import Parser
 from tinydb.clip import CLIPTextModel
 from tinydb.config import ModelInfo
 from tinydb.data import Latents, random_batch
-from tinydb.lora import attach, save_lora
+from tinydb.lora import attach
+from tinydb.lora_files import name_in_file, read_lora, save_lora
 from tinydb.pipeline import StableDiffusion
 
 LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -168,7 +169,7 @@ def test_layers_of_stable_diffusion_1():
 
 def of_diffusers(form: str, tensors: dict[str, Tensor], sd: StableDiffusion) -> dict[str, Tensor]:
     """A file of ours, with alpha as r, under the names of diffusers."""
-    paths = {tinydb.lora.name_in_file(part, name): f"{part}.{name}" for part in ("unet", "text_encoder")
+    paths = {name_in_file(part, name): f"{part}.{name}" for part in ("unet", "text_encoder")
              for name, _ in getattr(sd, part).named_modules()}
     renamed = {}
     for name, tensor in tensors.items():
@@ -281,7 +282,7 @@ def test_what_a_run_writes(teach, nano, tmp_path, capsys):
     command = f"python sample.py '[V] dog on the moon' --lora {out / 'lora.safetensors'}"
     assert command in capsys.readouterr().out
     assert "Step 2 of 2, finished" in (out / "report.html").read_text()
-    assert tinydb.lora.read_lora(out / "lora.safetensors")[1] == {
+    assert read_lora(out / "lora.safetensors")[1] == {
         "identifier": "ohwx", "class": "dog", "step": 2, "base": {"name": nano.name, "license": "that of this model"}}
     sd = merged(nano, (out / "lora.safetensors", 1.0))
     base = weights_of(tinydb.load(nano))

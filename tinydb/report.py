@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from tinydb.config import read_json
-from tinydb.lora import LORA_FILE
+from tinydb.lora_files import LORA_FILE
 from tinydb.storage import written_whole
 from tinydb.tokenizer import PLACEHOLDER
 

@@ -23,7 +23,8 @@ from PIL import Image
 
 from tinydb.cli import Stopped, extra, options_in_file, say
 from tinydb.config import as_text, read_json, require, write_json
-from tinydb.lora import LORA_FILE, updates_numel
+from tinydb.lora import updates_numel
+from tinydb.lora_files import LORA_FILE
 from tinydb.pictures import MOST_SHOWN, grid, save_png
 from tinydb.pipeline import StableDiffusion
 from tinydb.report import sample_command, write_report

@@ -32,7 +32,7 @@ from tinydb import cli
 from tinydb.cli import choose_device, option
 from tinydb.config import Checked, ModelInfo, read_json, require, write_json
 from tinydb.data import read_pictures
-from tinydb.lora import LORA_FILE
+from tinydb.lora_files import LORA_FILE
 from tinydb.pictures import grid, to_pixels
 from tinydb.pipeline import StableDiffusion
 from tinydb.prompts import class_prompt

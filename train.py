@@ -373,7 +373,7 @@ def main(settings: Settings) -> None:
                     losses = parallel(part) / settings.accumulate
                 scaler.scale((losses * loss_weights).sum()).backward()
             sums[:-1] += losses.detach() / world_size
-        sums[-1] = stop.asked
+        sums[-1].fill_(stop.asked)  # an assignment would wait for the GPU
         if world_size > 1:
             dist.all_reduce(sums)
         for full, low in offloaded:

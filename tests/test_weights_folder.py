@@ -81,42 +81,43 @@ def test_every_word_of_the_world_is_one_token_and_any_other_text_is_bytes():
     assert tokenizer.dropped("zebra 日本 😀 !?") == "" and strange.index(eos) > 10
 
 
-def test_pretraining_that_was_interrupted_ends_as_if_it_was_not(tmp_path: Path):
-    def run(out: Path, steps: list[int]) -> nn.Module:
-        for _ in steps:
-            torch.manual_seed(0)
-            model = nn.Sequential(nn.Linear(4, 4))
+@pytest.fixture
+def checkpoint_each_step(monkeypatch):
+    monkeypatch.setattr(pretrain, "CHECKPOINT_SECONDS", 0)
 
-            def loss_of(model: nn.Module, rng: np.random.Generator) -> torch.Tensor:
-                if len(seen) == interrupted_at and len(steps) == 2 and not (out / "interrupted").exists():
-                    (out / "interrupted").touch()
-                    raise KeyboardInterrupt
-                seen.append(0)
-                x = torch.from_numpy(rng.standard_normal((8, 4), np.float32))
-                return (model(x) - x).square().mean()
 
-            seen, interrupted_at = [], 260
-            try:
-                average = pretrain.train("linear", model, loss_of, 300, 1e-2, 0, out, lambda average: "")
-            except KeyboardInterrupt:
-                continue
+def test_pretraining_that_was_interrupted_ends_as_if_it_was_not(tmp_path: Path, checkpoint_each_step):
+    def run(name: str, interrupted_at: int | None) -> nn.Module:
+        """Train for 30 steps; the loss of one of them raises what Ctrl-C does."""
+        def loss_of(model: nn.Module) -> torch.Tensor:
+            seen.append(0)
+            if len(seen) == interrupted_at:
+                raise KeyboardInterrupt
+            x = torch.randn(8, 4)
+            return (model(x) - x).square().mean()
+
+        torch.manual_seed(0)
+        seen, out = [], tmp_path / name
+        out.mkdir(exist_ok=True)
+        average = pretrain.train("linear", nn.Sequential(nn.Linear(4, 4)), loss_of, 30, 1e-2, 0, out, lambda _: "")
+        assert len(seen) == (30 if name == "once" else 11)
         return average
 
-    (tmp_path / "once").mkdir()
-    (tmp_path / "twice").mkdir()
-    once, twice = run(tmp_path / "once", [1]), run(tmp_path / "twice", [1, 2])
-    assert (tmp_path / "twice" / "interrupted").exists()
+    once = run("once", None)
+    with pytest.raises(KeyboardInterrupt):
+        run("twice", 20)
+    twice = run("twice", None)
     assert torch.equal(once[0].weight, twice[0].weight) and torch.equal(once[0].bias, twice[0].bias)
 
 
 def test_the_recipe_runs_from_nothing_to_a_folder_and_goes_on_where_it_was(tmp_path: Path):
     """All of pretrain.py with a step or two of each part; run again with more steps, it draws and encodes nothing."""
-    few = pretrain.Settings(str(tmp_path / "out"), str(tmp_path / "tiny"), images=20, vae_steps=2, grow_steps=2,
-                            steps=2, late_steps=2, vae_batch=2, batch=2, device="cpu")
+    few = pretrain.Settings(str(tmp_path / "out"), str(tmp_path / "tiny"), images=20, vae_steps=2, steps=2, vae_batch=2,
+                            batch=2, device="cpu")
     pretrain.main(few)
     first = tinydb.load(tmp_path / "tiny")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*-*20*")}
-    pretrain.main(replace(few, late_steps=3))
+    pretrain.main(replace(few, steps=3))
     second = tinydb.load(tmp_path / "tiny")
     assert len(times) == 2 and times == {path: path.stat().st_mtime_ns for path in times}
     assert torch.equal(first.vae.decoder.conv_in.weight, second.vae.decoder.conv_in.weight)

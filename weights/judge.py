@@ -97,9 +97,9 @@ def loss_of(judge: Judge, pixels: Tensor, shown: Tensor, colors: Tensor) -> Tens
 
 def soften(pixels: Tensor, rng: np.random.Generator) -> Tensor:
     """Blurred and noisy by chance, as the pictures of a small model are."""
-    noise = torch.from_numpy(rng.standard_normal(pixels.shape, np.float32))
+    noise = torch.from_numpy(rng.standard_normal(pixels.shape, np.float32)).to(pixels.device)
     blurred = F.avg_pool2d(pixels, 3, 1, 1, count_include_pad=False)
-    chosen = torch.from_numpy(rng.random((len(pixels), 1, 1, 1)) < 0.5)
+    chosen = torch.from_numpy(rng.random((len(pixels), 1, 1, 1)) < 0.5).to(pixels.device)
     return torch.where(chosen, blurred, pixels) + 0.1 * rng.random() * noise
 
 

@@ -1,16 +1,17 @@
 """Train the embedded model from nothing, on the world of world.py: first the autoencoder, then text encoder and UNet.
 
     python weights/pretrain.py                     # runs/pretrain, and at the end weights/tiny
-    python weights/pretrain.py --images 99 --vae-steps 9 --grow-steps 9 --steps 9 --late-steps 9 --out runs/try \
+    python weights/pretrain.py --images 99 --vae-steps 9 --vae-batch 4 --steps 9 --batch 4 --out runs/try \
         --result runs/tiny
 
-The same command continues a run that was interrupted. It runs unchanged on a GPU. OUT/*.png show how far it is.
+The same command continues a run that was interrupted. A GPU takes minutes, two cores a day. OUT/*.png show how far it
+is.
 """
 
 import json
 import math
-import re
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
@@ -33,7 +34,7 @@ from tinydb.clip import CLIPTextModel
 from tinydb.config import Checked, ModelInfo, Recipe, ScheduleConfig, TextConfig, UNetConfig, VAEConfig
 from tinydb.diffusion import NoiseSchedule
 from tinydb.layers import ResnetBlock2D
-from tinydb.pictures import grid, to_images, to_pixels
+from tinydb.pictures import grid, to_images
 from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion
 from tinydb.storage import read_tensors, save_tensors, written_whole
 from tinydb.tokenizer import BOS, EOS, CLIPTokenizer
@@ -44,9 +45,6 @@ from world import Scene, caption, full_caption, render, sample_scene
 SIZE = 128  # pixels
 VAE = VAEConfig(("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4, block_out_channels=(16, 16, 32, 64),
                 latent_channels=8, norm_num_groups=8, scaling_factor=1.0, sample_size=SIZE)
-# The latents are learnt on half the size, where a step takes a quarter of the time
-SMALL_VAE = replace(VAE, down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                    block_out_channels=(16, 32, 64), sample_size=SIZE // 2)
 UNET = UNetConfig(sample_size=SIZE // VAE.factor, in_channels=8, out_channels=8,
                   down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
                   up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -60,6 +58,8 @@ LR_SCALES = {"text_encoder": 0.1}
 # Stable Diffusion's schedule; v_prediction, since a small network learns the layout, decided at high noise, sooner
 SCHEDULE = ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
                           prediction_type="v_prediction")
+CAPTIONS = 4  # of each scene
+CHECKPOINT_SECONDS = 300
 # What DreamBooth on this model uses: a minute on two cores. Class images with hardly any guidance are what the model
 # believes; with 3, all are of the same kind, and learning from them narrows the class and hides the subject.
 RECIPE = Recipe(
@@ -91,14 +91,12 @@ class Settings(Checked):
 
     out: str = option("runs/pretrain", "folder of scenes, checkpoints and previews")
     result: str = option(str(Path(__file__).parent / "tiny"), "model folder to write at the end")
-    images: int = option(60000, "scenes to render", least=1)
-    vae_steps: int = option(7000, "steps of the autoencoder on half the size", least=1)
-    grow_steps: int = option(4000, "steps of the autoencoder on the whole size", least=1)
-    vae_batch: int = option(8, "crops a step", least=2)
+    images: int = option(100_000, "scenes to render", least=1)
+    vae_steps: int = option(4000, "steps of the autoencoder", least=1)
+    vae_batch: int = option(64, "pictures a step of the autoencoder", least=1)
     vae_lr: float = option(2e-3, "learning rate of the autoencoder", above=0)
-    steps: int = option(7000, "steps of text encoder and UNet", least=1)
-    late_steps: int = option(2800, "more steps of both, in batches four times as large", least=1)
-    batch: int = option(16, "pictures a step", least=1)
+    steps: int = option(9500, "steps of text encoder and UNet", least=1)
+    batch: int = option(256, "pictures a step of text encoder and UNet", least=1)
     lr: float = option(1e-3, "learning rate of text encoder and UNet", above=0)
     seed: int = option(0, "decides everything random", least=0)
     device: str = option("auto", "cpu, cuda, mps, ... or auto")
@@ -111,8 +109,8 @@ def draw_scene(number: int, seed: int) -> tuple[np.ndarray, Scene]:
     return np.asarray(render(scene, rng, SIZE)), scene
 
 
-def draw_scenes(count: int, seed: int, out: Path) -> tuple[np.ndarray, list[Scene]]:
-    """`count` scenes, drawn by all cores and kept in OUT: pictures (count, SIZE, SIZE, 3), and what they show."""
+def draw_scenes(count: int, seed: int, out: Path) -> tuple[Tensor, list[Scene]]:
+    """`count` scenes, drawn by all cores and kept in OUT: uint8 (count, SIZE, SIZE, 3), and what they show."""
     path = out / f"scenes-{seed}-{count}.npy"
     if not path.exists():
         with ProcessPoolExecutor() as pool:
@@ -120,15 +118,38 @@ def draw_scenes(count: int, seed: int, out: Path) -> tuple[np.ndarray, list[Scen
             pictures = np.stack([picture for picture, _ in tqdm(drawn, "drawing the world", total=count)])
         with written_whole(path) as temporary, temporary.open("wb") as file:
             np.save(file, pictures)
-    return np.load(path, mmap_mode="r"), [sample_scene(np.random.default_rng([seed, i])) for i in range(count)]
+    pictures = torch.from_numpy(np.load(path, mmap_mode="c"))  # read from the file as they are needed
+    return pictures, [sample_scene(np.random.default_rng([seed, i])) for i in range(count)]
 
 
-def train(name: str, model: nn.Module, loss_of: Callable[[nn.Module, np.random.Generator], Tensor], steps: int,
-          lr: float, seed: int, out: Path, preview: Callable[[nn.Module], str]) -> nn.Module:
+def recorded(work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """`work` as a CUDA graph (pytorch.org/docs/stable/notes/cuda.html): its thousands of small kernels are launched by
+    one call, since launching each of them takes longer than the kernel itself. Its tensors stay where they are, and
+    the random numbers follow the seed of the moment."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is made once, before what is recorded
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = work()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def train(name: str, model: nn.Module, loss_of: Callable[[nn.Module], Tensor], steps: int, lr: float, seed: int,
+          out: Path, preview: Callable[[nn.Module], str], record: bool = False) -> nn.Module:
     """Train `model` in place and return its moving average, which is the better model.
 
-    `loss_of(model, rng)` draws a batch and returns the loss; the rng of a step depends on seed and step alone, so a run
-    that continues sees what it would have seen. `preview(average)` may draw pictures, and returns a line to print.
+    `loss_of(model)` draws a batch and returns the loss; what is random in a step follows torch's seed, which depends on
+    `seed` and step alone, so a run that continues sees what it would have seen. `preview(average)` may draw pictures,
+    and returns a line to print. `record` says that a batch needs nothing from the CPU: a GPU then records the step.
     """
     model.requires_grad_(True)
     groups = [{"params": list(part.parameters()), "scale": LR_SCALES.get(part_name, 1.0)}
@@ -144,18 +165,28 @@ def train(name: str, model: nn.Module, loss_of: Callable[[nn.Module, np.random.G
         if start < steps:
             optimizer.load_state_dict(state["optimizer"])
 
+    device = next(model.parameters()).device
+
+    def backward() -> Tensor:
+        model.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = loss_of(model)
+        loss.backward()
+        return loss.detach()
+
+    if record and device.type == "cuda":
+        backward = recorded(backward)
     progress = tqdm(range(start, steps), name, initial=start, total=steps, smoothing=0.02)
-    smooth_loss = None
+    smooth_loss, saved = None, time.monotonic()
     for step in progress:
         warmup = min(1, (step + 1) / 100)
         decay = 0.5 * (1 + math.cos(math.pi * max(0, 2 * step / steps - 1)))  # flat, then half a cosine to 0
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * lr * warmup * decay
-        loss = loss_of(model, np.random.default_rng([seed, step]))
-        loss.backward()
+        torch.manual_seed(seed + 1_000_003 * step)
+        loss = backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1)
         optimizer.step()
-        optimizer.zero_grad()
         keep = min(0.999, (1 + step) / (10 + step))  # the average forgets the beginning fast
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
@@ -163,7 +194,8 @@ def train(name: str, model: nn.Module, loss_of: Callable[[nn.Module, np.random.G
         if step % 20 == 0 or smooth_loss is None:
             smooth_loss = loss.item() if smooth_loss is None else 0.9 * smooth_loss + 0.1 * loss.item()
             progress.set_postfix(loss=f"{smooth_loss:.4f}", lr=f"{lr * warmup * decay:.1e}")
-        if (step + 1) % 250 == 0 or step + 1 == steps:
+        if time.monotonic() > saved + CHECKPOINT_SECONDS or step + 1 == steps:
+            saved = time.monotonic()
             with written_whole(checkpoint) as temporary:
                 torch.save({"step": step + 1, "model": model.state_dict(), "average": average.state_dict(),
                             "optimizer": optimizer.state_dict()}, temporary)
@@ -173,28 +205,20 @@ def train(name: str, model: nn.Module, loss_of: Callable[[nn.Module, np.random.G
     return average
 
 
-def new_vae(config: VAEConfig) -> AutoencoderKL:
+def new_vae() -> AutoencoderKL:
     """An autoencoder that starts with hardly any noise on its latents, and with every residual branch silent."""
-    vae = AutoencoderKL(config)
+    vae = AutoencoderKL(VAE)
     with torch.no_grad():
-        vae.quant_conv.bias[config.latent_channels:] = -8
+        vae.quant_conv.bias[VAE.latent_channels :] = -8
         for name, parameter in vae.named_parameters():
             if name.endswith(("conv2.weight", "to_out.0.weight")):
                 parameter.zero_()
     return vae
 
 
-def random_crops(pictures: np.ndarray, batch: int, side: int, rng: np.random.Generator, device: torch.device) -> Tensor:
-    """Squares out of random pictures: pixels (batch, 3, side, side)."""
-    chosen, corners = rng.integers(len(pictures), size=batch), rng.integers(SIZE - side + 1, size=(batch, 2))
-    crops = np.stack([pictures[i, y : y + side, x : x + side] for i, (y, x) in zip(chosen, corners)])
-    if rng.random() < 0.5:  # colours that the world lacks: subjects, photographs
-        crops = np.ascontiguousarray(crops[..., rng.permutation(3)])
-    return to_pixels(crops).to(device, memory_format=torch.channels_last)
-
-
-def random_noise(like: Tensor, rng: np.random.Generator) -> Tensor:
-    return torch.from_numpy(rng.standard_normal(like.shape, np.float32)).to(like.device)
+def pixels_of(pictures: Tensor, device: torch.device) -> Tensor:
+    """uint8 (B, S, S, 3) -> pixels (B, 3, S, S) in [-1, 1] on the device."""
+    return pictures.to(device).permute(0, 3, 1, 2).contiguous() / 127.5 - 1
 
 
 def show_vae(vae: AutoencoderKL, pixels: Tensor, path: Path) -> str:
@@ -205,53 +229,30 @@ def show_vae(vae: AutoencoderKL, pixels: Tensor, path: Path) -> str:
     return f"PSNR on unseen scenes {psnr.mean():.2f} dB"
 
 
-def train_vae(settings: Settings, pictures: np.ndarray, out: Path, device: torch.device) -> AutoencoderKL:
-    """An autoencoder of pictures half the size: L1 + L2, and a KL term so light that it only keeps latents bounded. It
-    learns on crops, which give the most steps for the time."""
+def train_vae(settings: Settings, pictures: Tensor, out: Path, device: torch.device) -> AutoencoderKL:
+    """The autoencoder. Its loss: L1 + L2 of the pixels; L1 of the differences between neighbours, which asks for sharp
+    edges; and a KL term so light that it only keeps the latents bounded. Noise on the latents, up to a fifth of their
+    spread, teaches the decoder to draw clean shapes from what a UNet gets slightly wrong."""
     torch.manual_seed(settings.seed)
-    vae = new_vae(SMALL_VAE).to(device, memory_format=torch.channels_last)
-    unseen = F.avg_pool2d(to_pixels(draw_scenes(128, settings.seed + 1, out)[0][:]).to(device), 2)
+    vae, batch = new_vae().to(device), settings.vae_batch
+    unseen = pixels_of(draw_scenes(128, settings.seed + 1, out)[0], device)
+    pictures = pictures.to(device)
 
-    def loss_of(vae: AutoencoderKL, rng: np.random.Generator) -> Tensor:
-        pixels = F.avg_pool2d(random_crops(pictures, settings.vae_batch, SIZE // 2, rng, device), 2)
+    def loss_of(vae: AutoencoderKL) -> Tensor:
+        chosen = pictures[torch.randint(len(pictures), (batch,), device=device)]
+        # in half of them red, green and blue change places: colours that the world lacks, for subjects and photographs
+        order = torch.rand(batch, 3, device=device).argsort(1)
+        order = torch.where(torch.rand(batch, 1, device=device) < 0.5, order, torch.arange(3, device=device))
+        pixels = pixels_of(chosen.gather(3, order[:, None, None].expand(chosen.shape)), device)
         mean, std = vae.encode(pixels)
-        error = vae.decode(mean + std * random_noise(mean, rng)) - pixels
+        much = 0.2 * mean.detach().std() * torch.rand(len(mean), 1, 1, 1, device=device)
+        error = vae.decode(mean + (std + much) * torch.randn_like(mean)) - pixels
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
-        return error.abs().mean() + error.square().mean() + 1e-5 * kl
+        return error.abs().mean() + error.square().mean() + 0.5 * edges + 1e-5 * kl
 
     return train("vae", vae, loss_of, settings.vae_steps, settings.vae_lr, settings.seed, out,
-                 lambda average: show_vae(average, unseen, out / "vae.png"))
-
-
-def grow_vae(settings: Settings, small: AutoencoderKL, pictures: np.ndarray, out: Path,
-             device: torch.device) -> AutoencoderKL:
-    """An autoencoder of whole pictures around the latents of `small`: its blocks, and one more at each outer end.
-
-    The encoder learns to find the latents that `small` finds in half the size. The decoder learns to draw from them
-    twice as fine, and, from latents with noise on them, to make the best of what a UNet gets wrong. The third term of
-    its loss, L1 of the differences between neighbours, asks for sharp edges.
-    """
-    torch.manual_seed(settings.seed)
-    vae = new_vae(VAE)
-    inner = {re.sub(r"(?<=encoder\.down_blocks\.)\d", lambda block: str(int(block[0]) + 1), name): tensor
-             for name, tensor in small.state_dict().items()}
-    vae.load_state_dict(vae.state_dict() | inner)
-    vae.to(device, memory_format=torch.channels_last)
-    unseen = to_pixels(draw_scenes(128, settings.seed + 1, out)[0][:]).to(device)
-
-    def loss_of(vae: AutoencoderKL, rng: np.random.Generator) -> Tensor:
-        pixels = random_crops(pictures, settings.vae_batch // 2, SIZE, rng, device)
-        with torch.no_grad():
-            wanted, wanted_std = small.encode(F.avg_pool2d(pixels, 2))
-        mean, std = vae.encode(pixels)
-        match = (mean - wanted).square().mean() + 0.01 * (std.log() - wanted_std.log()).square().mean()
-        much = 0.2 * wanted.std() * torch.from_numpy(rng.random((len(pixels), 1, 1, 1), np.float32)).to(device)
-        error = vae.decode(wanted + (wanted_std + much) * random_noise(wanted, rng)) - pixels
-        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        return error.abs().mean() + error.square().mean() + 0.5 * edges + match / wanted.var()
-
-    return train("grown-vae", vae, loss_of, settings.grow_steps, settings.vae_lr / 2, settings.seed, out,
-                 lambda average: show_vae(average, unseen, out / "grown-vae.png"))
+                 lambda average: show_vae(average, unseen, out / "vae.png"), record=True)
 
 
 def make_tokenizer(words: list[str]) -> CLIPTokenizer:
@@ -267,12 +268,11 @@ def make_tokenizer(words: list[str]) -> CLIPTokenizer:
 
 
 @torch.inference_mode()
-def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, out: Path, device: torch.device) -> tuple[Tensor, Tensor]:
+def encode_pictures(vae: AutoencoderKL, pictures: Tensor, out: Path, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents of every picture, (N, C, h, w) each, kept in OUT and on the CPU."""
     path = out / f"latents-{len(pictures)}.safetensors"
-    if not path.exists() or path.stat().st_mtime < (out / "grown-vae.pt").stat().st_mtime:
-        parts = [vae.encode(to_pixels(pictures[i : i + 64]).to(device, memory_format=torch.channels_last))
-                 for i in tqdm(range(0, len(pictures), 64), "encoding the world")]
+    if not path.exists() or path.stat().st_mtime < (out / "vae.pt").stat().st_mtime:
+        parts = [vae.encode(pixels_of(part, device)) for part in tqdm(pictures.split(64), "encoding the world")]
         with written_whole(path) as temporary:
             mean, std = (torch.cat([part[k] for part in parts]) for k in (0, 1))
             save_tensors({"mean": mean, "std": std}, temporary)
@@ -280,28 +280,30 @@ def encode_pictures(vae: AutoencoderKL, pictures: np.ndarray, out: Path, device:
     return latents["mean"], latents["std"]
 
 
-def train_text_to_image(settings: Settings, sd: StableDiffusion, pictures: np.ndarray, scenes: list[Scene],
+def train_text_to_image(settings: Settings, sd: StableDiffusion, pictures: Tensor, scenes: list[Scene],
                         out: Path, device: torch.device) -> None:
-    """Text encoder and UNet together, on latents of the finished autoencoder; `sd` gets their moving averages. First
-    in many steps of small batches, then in large ones, whose gradients have less noise."""
+    """Text encoder and UNet together, on latents of the finished autoencoder; `sd` gets their moving averages."""
     mean, std = encode_pictures(sd.vae, pictures, out, device)
     scaling = 1 / (mean.var() + std.square().mean()).sqrt().item()  # latents of unit variance
     sd.vae.config = replace(VAE, scaling_factor=scaling)
-    mean, std = mean * scaling, std * scaling
+    mean, std = (scaling * mean).to(device), (scaling * std).to(device)
+    rng = np.random.default_rng(settings.seed)
+    captions = [caption(scene, rng) for scene in scenes for _ in range(CAPTIONS)]
+    ids = sd.tokenizer.encode(captions).to(device).unflatten(0, (len(scenes), CAPTIONS))
+    nothing = sd.tokenizer.encode("").to(device)
+    batch = settings.batch
 
-    def loss_of(model: nn.ModuleDict, rng: np.random.Generator, batch: int) -> Tensor:
-        chosen = torch.from_numpy(rng.integers(len(scenes), size=batch))
-        captions = [caption(scenes[i], rng) if rng.random() > 0.1 else "" for i in chosen]  # "" for guidance
+    def loss_of(model: nn.ModuleDict) -> Tensor:
+        chosen = torch.randint(len(scenes), (batch,), device=device)
         # one timestep from each of `batch` equal ranges: the loss varies less from step to step
-        spread = (rng.permutation(batch) + rng.random(batch)) / batch * SCHEDULE.num_train_timesteps
-        timesteps = torch.from_numpy(spread).long().to(device)
-        noises = torch.from_numpy(rng.standard_normal((2, *mean[chosen].shape), np.float32))
-        latents = (mean[chosen] + std[chosen] * noises[0]).to(device)
-        noise = noises[1].to(device)
-        noisy = sd.schedule.add_noise(latents, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
-            text_embeds = model["text_encoder"](sd.tokenizer.encode(captions).to(device))
-            prediction = model["unet"](noisy, timesteps, text_embeds)
+        spread = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
+        timesteps = (spread * SCHEDULE.num_train_timesteps).long().clamp(max=SCHEDULE.num_train_timesteps - 1)
+        latents = mean[chosen] + std[chosen] * torch.randn_like(mean[chosen])
+        noise = torch.randn_like(latents)
+        noisy = sd.schedule.add_noise(latents, noise, timesteps)
+        said = ids[chosen, torch.randint(CAPTIONS, (batch,), device=device)]
+        said = torch.where(torch.rand(batch, 1, device=device) < 0.1, nothing, said)  # "" for guidance
+        prediction = model["unet"](noisy, timesteps, model["text_encoder"](said))
         return F.mse_loss(prediction.float(), sd.schedule.target(latents, noise, timesteps))
 
     def preview(average: nn.ModuleDict) -> str:
@@ -311,9 +313,8 @@ def train_text_to_image(settings: Settings, sd: StableDiffusion, pictures: np.nd
         return f"{len(prompts)} pictures in {out / 'samples.png'}"
 
     model = nn.ModuleDict({"text_encoder": sd.text_encoder, "unet": sd.unet})
-    for name, steps, batch in (("text-to-image", settings.steps, settings.batch),
-                               ("large-batches", settings.late_steps, 4 * settings.batch)):
-        model = train(name, model, partial(loss_of, batch=batch), steps, settings.lr, settings.seed, out, preview)
+    model = train("text-to-image", model, loss_of, settings.steps, settings.lr, settings.seed, out, preview,
+                  record=True)
     sd.text_encoder, sd.unet = model["text_encoder"], model["unet"]
 
 
@@ -322,9 +323,9 @@ def main(settings: Settings):
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     device = choose_device(settings.device)
+    torch.backends.cudnn.benchmark = True  # all batches have one shape: look for the fastest convolutions once
     pictures, scenes = draw_scenes(settings.images, settings.seed, out)
-    small = train_vae(settings, pictures, out, device)
-    vae = grow_vae(settings, small, pictures, out, device)
+    vae = train_vae(settings, pictures, out, device)
 
     words = " ".join(full_caption(scene) for scene in scenes).split()
     tokenizer = make_tokenizer(sorted({*words, "a", "an", "photo", "picture", "of", DEFAULT_IDENTIFIER}))
@@ -335,7 +336,7 @@ def main(settings: Settings):
     # words have unit variance: smaller ones drown in what the layers add, and all prompts become alike
     nn.init.normal_(text_encoder.text_model.embeddings["token_embedding"].weight)
     nn.init.normal_(text_encoder.text_model.embeddings["position_embedding"].weight, std=0.1)
-    unet = UNet2DConditionModel(UNET).to(device, memory_format=torch.channels_last)
+    unet = UNet2DConditionModel(UNET).to(device)
     for block in unet.modules():
         if isinstance(block, ResnetBlock2D):
             nn.init.zeros_(block.conv2.weight)  # residual branches start silent

@@ -9,11 +9,14 @@ that no caption names. With u and v unit vectors and t a temperature that is lea
 
     - mean_i ( sum_j true_ij log softmax_j(u_i . v_j / t) / sum_j true_ij ),  and the same with i and j exchanged
 
-where true_ij says whether caption j is true of picture i: of several that are, each counts.
+where true_ij says whether caption j is true of picture i: of several that are, each counts. Each thing of a batch has a
+twin there that differs in its marking alone, or colours would be enough to tell things apart.
 """
 
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tinydb import cli
-from tinydb.cli import option
+from tinydb.cli import choose_device, option
 from tinydb.clip import CLIPModel, normalize
 from tinydb.config import Checked, CLIPConfig, TextConfig, VisionConfig
 from tinydb.pictures import to_images
@@ -32,9 +35,10 @@ from tinydb.scores import CLIP
 from tinydb.storage import written_whole
 from tinydb.tokenizer import BOS, EOS, CLIPTokenizer
 from judge import UNKNOWN, sample_thing, soften
-from pretrain import SIZE, train
+from pretrain import train
 from world import COLORS, MARKINGS, NOUNS, PATTERNS, PLACES, PREFIXES, compose, phrase, render, sample_scene
 
+SIZE = 64  # pixels: of larger pictures it sees so many a side
 VISION = VisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=3,
                       image_size=SIZE, patch_size=8)
 TEXT = TextConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=3,
@@ -50,34 +54,42 @@ class Settings(Checked):
 
     out: str = option("runs/pretrain-clip", "folder of pictures and checkpoints")
     result: str = option(str(Path(__file__).parent / "tiny-clip"), "CLIP folder to write at the end")
-    things: int = option(15000, "things to draw, each in two places", least=1)
+    things: int = option(40_000, "things to draw, each in two places", least=2)
     steps: int = option(3000, "steps of training", least=1)
-    batch: int = option(64, "things a step, in two pictures each", least=2)
+    batch: int = option(128, "things a step, in two pictures each", least=2)
     lr: float = option(2e-3, "learning rate", above=0)
     seed: int = option(0, "decides everything random", least=0)
+    device: str = option("auto", "cpu, cuda, mps, ... or auto")
 
 
-def draw_thing(rng: np.random.Generator) -> tuple[list[np.ndarray], list[list[int]]]:
-    """A thing in two places: its two pictures, and of each what a caption can say of it, an index for each attribute:
-    noun, colour (UNKNOWN where it has no name), pattern, place, and whether it wears a red hat."""
-    scene, look, color = sample_thing(rng)
+def draw_twins(number: int, seed: int) -> tuple[np.ndarray, list[list[list[int]]]]:
+    """Two things that differ in their marking alone, each in two places: pictures (2, 2, SIZE, SIZE, 3), and of each
+    what a caption can say of it, an index for each attribute: noun, colour (UNKNOWN where it has no name), pattern,
+    place, and whether it wears a red hat."""
+    rng = np.random.default_rng([seed, number])
+    scene, first, color = sample_thing(rng)
+    others = [name for name in (MARKINGS if color == UNKNOWN else PATTERNS) if name != first.marking]
     images, shown = [], []
-    for place in rng.choice(len(PLACES), 2, replace=False):
-        if images and rng.random() < 0.3:  # it stays what it is with another hat
-            look = replace(look, topper=rng.choice([None, "red hat"]))
-        images.append(np.asarray(compose(scene.noun, look, PLACES[place], rng, SIZE)))
-        shown.append([NOUNS.index(scene.noun), color, list(MARKINGS).index(look.marking), int(place),
-                      int(look.topper == "red hat")])
-    return images, shown
+    for look in (first, replace(first, marking=rng.choice(others))):
+        for place in rng.choice(len(PLACES), 2, replace=False):
+            if rng.random() < 0.3:  # it stays what it is with another hat
+                look = replace(look, topper=rng.choice([None, "red hat"]))
+            images.append(np.asarray(compose(scene.noun, look, PLACES[place], rng, SIZE)))
+            shown.append([NOUNS.index(scene.noun), color, list(MARKINGS).index(look.marking), int(place),
+                          int(look.topper == "red hat")])
+    return np.stack(images).reshape(2, 2, SIZE, SIZE, 3), [shown[:2], shown[2:]]
 
 
 def draw_things(count: int, seed: int, out: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (count, 2, 64, 64, 3) and what they show (count, 2, 5), kept in OUT."""
-    path, rng = out / f"things-{seed}-{count}.npz", np.random.default_rng(seed)
+    """Pictures (count, 2, SIZE, SIZE, 3) and what they show (count, 2, 5), drawn by all cores and kept in OUT. Things
+    2 i and 2 i + 1 are twins."""
+    path = out / f"things-{seed}-{count}.npz"
     if not path.exists():
-        images, shown = zip(*(draw_thing(rng) for _ in tqdm(range(count), "drawing things")))
+        with ProcessPoolExecutor() as pool:
+            drawn = pool.map(partial(draw_twins, seed=seed), range(count // 2), chunksize=50)
+            images, shown = zip(*tqdm(drawn, "drawing things", total=count // 2))
         with written_whole(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, images=np.array(images), shown=np.array(shown))
+            np.savez(file, images=np.concatenate(images), shown=np.concatenate(shown))
     with np.load(path) as file:
         return file["images"], file["shown"]
 
@@ -96,32 +108,34 @@ def describe(shown: np.ndarray, rng: np.random.Generator) -> tuple[str, np.ndarr
 
 def contrast(similarity: Tensor, true: Tensor) -> Tensor:
     """The loss above, of similarities (N, M) over the temperature, and of which pairs are true (N, M)."""
-    loss = torch.zeros(())
+    loss = 0
     for logits, right in ((similarity, true), (similarity.T, true.T)):
         loss = loss - (F.log_softmax(logits, dim=1) * right / right.sum(1, keepdim=True).clamp(min=1)).sum(1).mean() / 2
     return loss
 
 
-def loss_of(model: nn.ModuleDict, rng: np.random.Generator, clip: CLIP, images: np.ndarray, shown: np.ndarray,
-            batch: int) -> Tensor:
+def loss_of(model: nn.ModuleDict, clip: CLIP, images: np.ndarray, shown: np.ndarray, batch: int) -> Tensor:
     """Pictures against captions, and each thing's first picture against its second."""
-    chosen = rng.integers(len(images), size=batch)
-    pictures = torch.from_numpy(images[chosen]).flatten(0, 1).permute(0, 3, 1, 2)  # (2 * batch, 3, 64, 64)
-    pixels = soften(pictures.float() / 127.5 - 1, rng).clamp(-1, 1)
+    rng = np.random.default_rng(torch.initial_seed())
+    twins = rng.integers(len(images) // 2, size=batch // 2)
+    chosen = np.concatenate([2 * twins, 2 * twins + 1])
+    pictures = torch.from_numpy(images[chosen]).flatten(0, 1).permute(0, 3, 1, 2)  # (2 * batch, 3, SIZE, SIZE)
+    device = model["clip"].logit_scale.device
+    pixels = soften(pictures.to(device) / 127.5 - 1, rng).clamp(-1, 1)
     facts = shown[chosen].reshape(-1, 5)
     captions, said = zip(*(describe(each, rng) for each in facts))
     said = np.stack(said)
     true = ((said[None] == UNNAMED) | (said[None] == facts[:, None])).all(2)  # (pictures, captions)
     ids = clip.tokenizer.encode(list(captions))
-    ids = ids[:, : int(ids.argmax(1).max()) + 1]  # padding changes nothing that comes before it
+    ids = ids[:, : int(ids.argmax(1).max()) + 1].to(device)  # padding changes nothing that comes before it
 
-    with torch.autocast("cpu", torch.bfloat16):
-        u, v = model["clip"].image_features(normalize(pixels)), model["clip"].text_features(ids)
-    u, v = u.float(), v.float()
+    u = model["clip"].image_features(normalize(pixels)).float()
+    v = model["clip"].text_features(ids).float()
     scales = torch.stack([model["clip"].logit_scale, model["likeness"].weight[0, 0]]).clamp(max=4.6).exp()
-    first, second = u.view(batch, 2, -1).unbind(1)
-    return (contrast(scales[0] * u @ v.T, torch.from_numpy(true).float())
-            + contrast(scales[1] * first @ second.T, torch.eye(batch)))
+    first, second = u.view(len(chosen), 2, -1).unbind(1)
+    with torch.autocast(device.type, enabled=False):
+        return (contrast(scales[0] * u @ v.T, torch.from_numpy(true).float().to(device))
+                + contrast(scales[1] * first @ second.T, torch.eye(len(chosen), device=device)))
 
 
 @torch.no_grad()
@@ -159,6 +173,7 @@ def found_again(clip: CLIP, images: np.ndarray) -> float:
 def main(settings: Settings):
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
+    device = choose_device(settings.device)
     images, shown = draw_things(settings.things, settings.seed, out)
     unseen, _ = draw_things(256, settings.seed + 1, out)
     tokenizer = CLIPTokenizer.read(Path(__file__).parent / "tiny" / "tokenizer")
@@ -172,15 +187,15 @@ def main(settings: Settings):
             nn.init.normal_(parameter, std=0.1)
     likeness = nn.Linear(1, 1, bias=False)
     nn.init.constant_(likeness.weight, config.logit_scale_init_value)
-    model = nn.ModuleDict({"clip": clip.model, "likeness": likeness})
+    model = nn.ModuleDict({"clip": clip.model, "likeness": likeness}).to(device)
 
     def preview(average: nn.ModuleDict) -> str:
         shown = CLIP(average["clip"], tokenizer)
         right = ", ".join(f"{name} {value:.1f}" for name, value in answers(shown).items())
         return f"right: {right}; things found again among {len(unseen)}: {found_again(shown, unseen):.1f}"
 
-    def loss(model: nn.ModuleDict, rng: np.random.Generator) -> Tensor:
-        return loss_of(model, rng, clip, images, shown, settings.batch)
+    def loss(model: nn.ModuleDict) -> Tensor:
+        return loss_of(model, clip, images, shown, settings.batch)
 
     average = train("clip", model, loss, settings.steps, settings.lr, settings.seed, out, preview)
     CLIP(average["clip"], tokenizer).save(settings.result, torch.float16)

@@ -395,9 +395,8 @@ class Study:
 
     def measure(self, way: str, name: str, seed: int, images: list[Image.Image],
                 class_images: list[Image.Image]) -> None:
-        """Measure pictures of a subject and of its class; keep the numbers, and some of the pictures on a sheet."""
-        sheet = images[:: len(images) // len(study_prompts(SUBJECTS[name]))] + class_images[:10]
-        grid(sheet, 10).save(self.out / f"{way}-{name}-{seed}.png".replace(" ", "-"))
+        """Measure pictures of a subject and of its class; keep the numbers, and the pictures on a sheet."""
+        grid([*images, *class_images], 10).save(self.out / f"{way}-{name}-{seed}.png".replace(" ", "-"))
         self.rows[f"{way}/{name}/{seed}"] = measure(self.judge, self.similarity, name, images, class_images)
         with written_whole(self.path) as temporary:
             write_json(temporary, self.kept)

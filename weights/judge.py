@@ -1,9 +1,10 @@
 """A judge of the embedded model's pictures: a small classifier that says what a picture of the world shows.
 
-    python weights/judge.py    # train it (ten minutes on two cores) into weights/judge.safetensors, and test it
+    python weights/judge.py    # train it (20 minutes on two cores) into weights/judge.safetensors, and test it
 
 It learns from scenes with captions and from things in colours and markings that no caption names, drawn by world.py
-as they are needed, so it never sees a picture twice. The subjects are not among them.
+as they are needed, so it never sees a picture twice. The subjects are not among them. A quarter of the pictures go
+through the model's autoencoder, with noise on their latents: it must read a hoop that is drawn as the model draws.
 """
 
 import sys
@@ -17,15 +18,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import tinydb
 from tinydb.pictures import to_pixels
 from tinydb.storage import read_tensors, save_tensors, written_whole
+from tinydb.vae import AutoencoderKL
 from world import COLORS, MARKINGS, NOUNS, PLACES, TOPPERS, Look, Scene, compose, sample_scene, scene_look
 
 FILE = Path(__file__).parent / "judge.safetensors"
 ATTRIBUTES = {"noun": NOUNS, "color": tuple(COLORS), "pattern": tuple(MARKINGS), "place": PLACES,
               "topper": ("nothing", *TOPPERS)}
 UNKNOWN = -100  # the class that cross_entropy ignores: a colour that has no name
-STEPS, BATCH = 2000, 64
+STEPS, BATCH = 3000, 64
+DECODED = BATCH // 4  # pictures of a batch that the autoencoder draws
 
 
 class Judge(nn.Module):
@@ -72,18 +76,27 @@ def sample_thing(rng: np.random.Generator) -> tuple[Scene, Look, int]:
     return scene, look, color
 
 
-def draw_example(rng: np.random.Generator) -> tuple[Image.Image, list[int], np.ndarray]:
+def draw_example(rng: np.random.Generator, size: int = 64) -> tuple[Image.Image, list[int], np.ndarray]:
     """A picture, the index of each attribute's value, and the colours (2, 3) in [0, 1] of the thing and its marks."""
     scene, look, color = sample_thing(rng)
     shown = [NOUNS.index(scene.noun), color, ATTRIBUTES["pattern"].index(look.marking), PLACES.index(scene.place),
              ATTRIBUTES["topper"].index(look.topper or "nothing")]
-    return compose(scene.noun, look, scene.place, rng, 64), shown, np.array([look.main, look.mark], np.float32) / 255
+    return compose(scene.noun, look, scene.place, rng, size), shown, np.array([look.main, look.mark], np.float32) / 255
 
 
-def draw_batch(count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels (count, 3, 64, 64), attributes (count, 5) and colours (count, 2, 3)."""
-    images, shown, colors = zip(*(draw_example(rng) for _ in range(count)))
+def draw_batch(count: int, rng: np.random.Generator, size: int = 64) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels (count, 3, size, size), attributes (count, 5) and colours (count, 2, 3)."""
+    images, shown, colors = zip(*(draw_example(rng, size) for _ in range(count)))
     return to_pixels(images), torch.tensor(shown), torch.from_numpy(np.stack(colors))
+
+
+@torch.no_grad()
+def redraw(pixels: Tensor, vae: AutoencoderKL, rng: np.random.Generator) -> Tensor:
+    """Pixels (B, 3, S, S) as the autoencoder draws them from latents with noise on them, up to half of their spread."""
+    with torch.autocast("cpu", torch.bfloat16):
+        latents, _ = vae.encode(pixels)
+        noise = torch.from_numpy(rng.standard_normal(latents.shape, np.float32))
+        return vae.decode(latents + 0.5 * rng.random() * noise).float().clamp(-1, 1)
 
 
 def loss_of(judge: Judge, pixels: Tensor, shown: Tensor, colors: Tensor) -> Tensor:
@@ -116,13 +129,16 @@ def errors(judge: Judge, count: int = 1000) -> dict[str, float]:
 
 def main():
     torch.manual_seed(0)
-    judge = Judge()
+    judge, sd = Judge(), tinydb.load(FILE.parent / "tiny")
     optimizer = torch.optim.AdamW(judge.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, STEPS)
     rng = np.random.default_rng(0)
     progress = tqdm(range(STEPS), "teaching the judge")
     for step in progress:
-        pixels, shown, colors = draw_batch(BATCH, rng)
+        large, *large_facts = draw_batch(DECODED, rng, sd.resolution)
+        small, *small_facts = draw_batch(BATCH - DECODED, rng)
+        pixels = torch.cat([F.interpolate(redraw(large, sd.vae, rng), size=64, mode="area"), small])
+        shown, colors = (torch.cat(facts) for facts in zip(large_facts, small_facts))
         loss = loss_of(judge, soften(pixels, rng), shown, colors)
         loss.backward()
         optimizer.step()

@@ -63,7 +63,7 @@ CHECKPOINT_SECONDS = 300
 # What DreamBooth on this model uses: a minute on two cores. Class images with hardly any guidance are what the model
 # believes; with 3, all are of the same kind, and learning from them narrows the class and hides the subject.
 RECIPE = Recipe(
-    steps=120, batch=6, lr=4e-4, lr_text=4e-5, lr_freeze_text=4e-4, lr_lora=4e-3, lora_conv=True, lr_decay=0.5,
+    steps=120, batch=6, lr=4e-4, lr_text=4e-4, lr_freeze_text=4e-4, lr_lora=4e-3, lora_conv=True, lr_decay=0.5,
     save_every=60, frozen_prior=True, class_images=48, class_steps=6, class_sampler="dpm", class_guidance=1.5,
     sample_steps=30, guidance=3.0,
     class_prompts=(

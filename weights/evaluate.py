@@ -237,7 +237,7 @@ def shows_subject(judge: Judge, similarity: Similarity, images: list[Image.Image
     look, rng = subject.look, np.random.default_rng(3)
     named = [replace(look, main=other.main, accent=other.accent, mark=other.mark) for other in (
         scene_look(Scene(subject.noun, color, look.marking, PLACES[0], False), rng) for color in COLORS)]
-    drawn = [compose(subject.noun, each, place, rng, 64) for each in (look, *named) for place in PLACES]
+    drawn = [compose(subject.noun, each, place, rng) for each in (look, *named) for place in PLACES]
     logits = judge(to_pixels(images))
     right = {"noun": logits["noun"].argmax(1) == ATTRIBUTES["noun"].index(subject.noun),
              "marking": logits["pattern"].argmax(1) == ATTRIBUTES["pattern"].index(look.marking),
@@ -297,7 +297,7 @@ def draw_real(name: str) -> tuple[list[Image.Image], list[Image.Image]]:
     for _, wanted in study_prompts(subject):
         look = replace(subject.look, topper=wanted.get("topper", subject.look.topper),
                        main=COLORS[wanted["color"]] if "color" in wanted else subject.look.main)
-        images.append(compose(subject.noun, look, wanted["place"], rng, 64))
+        images.append(compose(subject.noun, look, wanted["place"], rng))
     return images, [render(replace(sample_scene(rng), noun=subject.noun), rng) for _ in range(CLASS_IMAGES)]
 
 

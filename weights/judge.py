@@ -22,22 +22,23 @@ import tinydb
 from tinydb.pictures import to_pixels
 from tinydb.storage import read_tensors, save_tensors, written_whole
 from tinydb.vae import AutoencoderKL
-from world import COLORS, MARKINGS, NOUNS, PLACES, TOPPERS, Look, Scene, compose, sample_scene, scene_look
+from world import (COLORS, MARKINGS, NOUNS, PLACES, SIZE, TOPPERS, Look, Scene, compose, sample_scene,
+                   scene_look)
 
 FILE = Path(__file__).parent / "judge.safetensors"
 ATTRIBUTES = {"noun": NOUNS, "color": tuple(COLORS), "pattern": tuple(MARKINGS), "place": PLACES,
               "topper": ("nothing", *TOPPERS)}
 UNKNOWN = -100  # the class that cross_entropy ignores: a colour that has no name
-STEPS, BATCH = 3000, 64
+STEPS, BATCH = 3000, 48
 DECODED = BATCH // 4  # pictures of a batch that the autoencoder draws
 
 
 class Judge(nn.Module):
-    """Pixels (B, 3, S, S) in [-1, 1] -> logits of each attribute. Of larger pictures it sees 64 pixels a side."""
+    """Pixels (B, 3, S, S) in [-1, 1] -> logits of each attribute; pictures of another size are scaled to SIZE."""
 
     def __init__(self):
         super().__init__()
-        widths = (3, 32, 64, 128, 160)
+        widths = (3, 16, 32, 64, 128, 160)
         self.layers = nn.Sequential(*(
             nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.SiLU()) for a, b in zip(widths, widths[1:])))
         self.heads = nn.ModuleDict({name: nn.Linear(widths[-1], len(values)) for name, values in ATTRIBUTES.items()})
@@ -45,7 +46,7 @@ class Judge(nn.Module):
 
     def features(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S) -> (B, 160): what the heads look at."""
-        return self.layers(F.interpolate(pixels, size=64, mode="area")).mean((2, 3))
+        return self.layers(F.interpolate(pixels, size=SIZE, mode="area")).mean((2, 3))
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """-> logits (B, values) by attribute."""
@@ -76,17 +77,17 @@ def sample_thing(rng: np.random.Generator) -> tuple[Scene, Look, int]:
     return scene, look, color
 
 
-def draw_example(rng: np.random.Generator, size: int = 64) -> tuple[Image.Image, list[int], np.ndarray]:
+def draw_example(rng: np.random.Generator) -> tuple[Image.Image, list[int], np.ndarray]:
     """A picture, the index of each attribute's value, and the colours (2, 3) in [0, 1] of the thing and its marks."""
     scene, look, color = sample_thing(rng)
     shown = [NOUNS.index(scene.noun), color, ATTRIBUTES["pattern"].index(look.marking), PLACES.index(scene.place),
              ATTRIBUTES["topper"].index(look.topper or "nothing")]
-    return compose(scene.noun, look, scene.place, rng, size), shown, np.array([look.main, look.mark], np.float32) / 255
+    return compose(scene.noun, look, scene.place, rng), shown, np.array([look.main, look.mark], np.float32) / 255
 
 
-def draw_batch(count: int, rng: np.random.Generator, size: int = 64) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels (count, 3, size, size), attributes (count, 5) and colours (count, 2, 3)."""
-    images, shown, colors = zip(*(draw_example(rng, size) for _ in range(count)))
+def draw_batch(count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels (count, 3, SIZE, SIZE), attributes (count, 5) and colours (count, 2, 3)."""
+    images, shown, colors = zip(*(draw_example(rng) for _ in range(count)))
     return to_pixels(images), torch.tensor(shown), torch.from_numpy(np.stack(colors))
 
 
@@ -135,10 +136,8 @@ def main():
     rng = np.random.default_rng(0)
     progress = tqdm(range(STEPS), "teaching the judge")
     for step in progress:
-        large, *large_facts = draw_batch(DECODED, rng, sd.resolution)
-        small, *small_facts = draw_batch(BATCH - DECODED, rng)
-        pixels = torch.cat([F.interpolate(redraw(large, sd.vae, rng), size=64, mode="area"), small])
-        shown, colors = (torch.cat(facts) for facts in zip(large_facts, small_facts))
+        pixels, shown, colors = draw_batch(BATCH, rng)
+        pixels[:DECODED] = redraw(pixels[:DECODED], sd.vae, rng)
         loss = loss_of(judge, soften(pixels, rng), shown, colors)
         loss.backward()
         optimizer.step()

@@ -40,9 +40,8 @@ from tinydb.storage import read_tensors, save_tensors, written_whole
 from tinydb.tokenizer import BOS, EOS, CLIPTokenizer
 from tinydb.unet import Transformer2DModel, UNet2DConditionModel
 from tinydb.vae import AutoencoderKL
-from world import Scene, caption, full_caption, render, sample_scene
+from world import SIZE, Scene, caption, full_caption, render, sample_scene
 
-SIZE = 128  # pixels
 VAE = VAEConfig(("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4, block_out_channels=(16, 16, 32, 64),
                 latent_channels=8, norm_num_groups=8, scaling_factor=1.0, sample_size=SIZE)
 UNET = UNetConfig(sample_size=SIZE // VAE.factor, in_channels=8, out_channels=8,
@@ -106,7 +105,7 @@ def draw_scene(number: int, seed: int) -> tuple[np.ndarray, Scene]:
     """A scene that is not held out: uint8 pixels (SIZE, SIZE, 3), and what they show."""
     rng = np.random.default_rng([seed, number])
     scene = sample_scene(rng)
-    return np.asarray(render(scene, rng, SIZE)), scene
+    return np.asarray(render(scene, rng)), scene
 
 
 def draw_scenes(count: int, seed: int, out: Path) -> tuple[Tensor, list[Scene]]:

@@ -38,7 +38,7 @@ from judge import UNKNOWN, sample_thing, soften
 from pretrain import train
 from world import COLORS, MARKINGS, NOUNS, PATTERNS, PLACES, PREFIXES, compose, phrase, render, sample_scene
 
-SIZE = 64  # pixels: of larger pictures it sees so many a side
+SIZE = 64  # pixels a side: larger pictures are made smaller
 VISION = VisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=3,
                       image_size=SIZE, patch_size=8)
 TEXT = TextConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=3,

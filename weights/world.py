@@ -5,7 +5,7 @@ A scene is a noun in a colour, with a pattern, in a place, perhaps wearing a red
     "a red spotted dog on the moon wearing a red hat"
 
 The world is made to be learnt by a small network. Everything faces right and stands on one line, shapes are
-big and round, nothing is thinner than two of 64 pixels, and the caption decides nearly all of the picture:
+big and round, nothing is thinner than four of 128 pixels, and the caption decides nearly all of the picture:
 secondary colours follow from the main one, and scenery keeps to its positions but for a slight jitter.
 
 Some (noun, colour) and (noun, place) pairs are held out of pretraining, to measure composition afterwards.
@@ -31,6 +31,7 @@ from tinydb.tokenizer import PLACEHOLDER
 
 RGB = tuple[int, int, int]
 
+SIZE = 128  # pixels
 SUPERSAMPLING = 4
 GROUND = 0.15      # height of the line that everything stands on; pictures are 1 wide and 1 high, y upwards
 HORIZON = 0.37
@@ -570,7 +571,7 @@ def scene_look(scene: Scene, rng: np.random.Generator) -> Look:
     return Look(main, accent, mark, scene.pattern, topper, variant=int(rng.integers(2)))
 
 
-def compose(noun: str, look: Look, place: str, rng: np.random.Generator, size: int) -> Image.Image:
+def compose(noun: str, look: Look, place: str, rng: np.random.Generator, size: int = SIZE) -> Image.Image:
     """Draw a thing of the given look in a place."""
     canvas = Image.new("RGB", (size * SUPERSAMPLING,) * 2)
     scene = Pen(canvas, 0, canvas.height, canvas.width, canvas.height)
@@ -586,7 +587,7 @@ def compose(noun: str, look: Look, place: str, rng: np.random.Generator, size: i
     return canvas.reduce(SUPERSAMPLING)
 
 
-def render(scene: Scene, rng: np.random.Generator, size: int = 64) -> Image.Image:
+def render(scene: Scene, rng: np.random.Generator, size: int = SIZE) -> Image.Image:
     """Draw a scene. The geometry is relative: another `size` shows the same picture."""
     return compose(scene.noun, scene_look(scene, rng), scene.place, rng, size)
 
@@ -643,7 +644,7 @@ def main():
             (folder / f"{i}.txt").write_text(f"a photo of {PLACEHOLDER} {subject.noun} {place}\n")
     if args.sheet:
         rng = np.random.default_rng(0)
-        grid([render(sample_scene(rng), rng, 128) for _ in range(80)], columns=10).save(args.sheet)
+        grid([render(sample_scene(rng), rng) for _ in range(80)], columns=10).save(args.sheet)
 
 
 if __name__ == "__main__":

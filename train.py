@@ -75,7 +75,7 @@ class Settings(Checked):
     lr_text: float | None = option(None, "that of the text encoder (default: recipe, scaled as --lr is)", above=0)
     lr_decay: float | None = option(None, "last part of the steps, over which the rates fall to 0; 0 is none, 0.5 half "
                                           "of them (default: recipe)", least=0, most=1, before=0.0)
-    prior_weight: float | None = option(None, "weight of the class images' loss; 0: none (default: recipe)", least=0)
+    prior_weight: float = option(1.0, "weight of the class images' loss; 0 trains without them", least=0)
     class_images: int | None = option(None, "class images to train with (default: recipe)", least=1, most=10**5,
                                       cure="; --prior-weight 0 does without them")
     class_dir: str | None = option(None, "class images of your own, or an earlier run's class_images", free=True)
@@ -107,8 +107,8 @@ class Settings(Checked):
         usual = recipe.lr_lora if self.lora else recipe.lr_freeze_text if self.freeze_text else recipe.lr
         lr = usual if self.lr is None else self.lr
         lr_text = recipe.lr_text * (lr / recipe.lr) if self.lr_text is None else self.lr_text  # the ratio stays
-        keys = ("steps", "lr_decay", "batch", "save_every", "class_images", "frozen_prior", "prior_weight", "lora_conv")
-        from_recipe = {name: getattr(recipe, name) for name in keys if getattr(self, name) is None}
+        names = ("steps", "lr_decay", "batch", "save_every", "class_images", "frozen_prior", "lora_conv")
+        from_recipe = {name: getattr(recipe, name) for name in names if getattr(self, name) is None}
         return replace(self, lr=lr, lr_text=None if self.freeze_text else lr_text, **from_recipe,
                        class_noun=plain_noun(self.class_noun, self.identifier),
                        out=self.out or usual_folder(self.images))

@@ -90,8 +90,7 @@ def test_the_idea_alone_is_what_train_does(clone, one_thread):
     assert code.count("range(1)") == code.count("range(2)") == 1
     exec(code, {})
     shutil.copytree(ROOT / "weights" / "subjects" / "rex", "rex", ignore=shutil.ignore_patterns("*.txt"))
-    paper = "--class-prompts plain --no-frozen-prior --prior-weight 1 --steps 1"
-    run(shlex.split("python train.py --images rex --class dog"), *paper.split())
+    run(shlex.split("python train.py --images rex --class dog --class-prompts plain --no-frozen-prior"), "--steps", "1")
     start_from, ours, theirs = (
         torch.cat([tensor.flatten() for part in (sd.unet, sd.text_encoder) for tensor in part.parameters()])
         for sd in map(tinydb.load, ("weights/tiny", "runs/idea/model", "runs/rex/model")))

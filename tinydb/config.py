@@ -363,7 +363,6 @@ class Recipe(Checked):
     save_every: int = setting(400, least=0)  # steps between checkpoints, of which each costs as much as 100 steps
     lr_decay: float = setting(0.0, least=0, most=1)  # last part of the steps, over which the rates fall to 0
     frozen_prior: bool = False  # whether the class images' target is what the model predicted before training
-    prior_weight: float = setting(1.0, least=0)  # of the class images' loss
     class_images: int = setting(200, least=1, most=10**5)
     class_steps: int = setting(50, least=1)  # for a class image
     class_sampler: str = "ddim"

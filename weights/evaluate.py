@@ -61,8 +61,7 @@ class Arm:
 
 
 ARMS = {  # in the order in which they are run: what matters most comes first
-    "the recipe": Arm(),
-    "the paper": Arm(("--no-frozen-prior", "--prior-weight", "1", "--lr-decay", "0"), captions=False, prior="plain"),
+    "the recipe": Arm(), "the paper": Arm(("--no-frozen-prior", "--lr-decay", "0"), captions=False, prior="plain"),
     "LoRA of rank 8, 240 steps": Arm(("--lora", "8", "--steps", "240")),
     "diffusers (the paper)": Arm(captions=False, prior="plain", diffusers=True),
     "prior of noise": Arm(("--no-frozen-prior",)), "no captions": Arm(captions=False),

@@ -63,8 +63,8 @@ CHECKPOINT_SECONDS = 300
 # believes; with 3, all are of the same kind, and learning from them narrows the class and hides the subject.
 RECIPE = Recipe(
     steps=120, batch=6, lr=4e-4, lr_text=4e-4, lr_freeze_text=4e-4, lr_lora=4e-3, lora_conv=True, lr_decay=0.5,
-    save_every=60, frozen_prior=True, prior_weight=0.5, class_images=48, class_steps=6, class_sampler="dpm",
-    class_guidance=1.5, sample_steps=30, guidance=3.0,
+    save_every=60, frozen_prior=True, class_images=48, class_steps=6, class_sampler="dpm", class_guidance=1.5,
+    sample_steps=30, guidance=3.0,
     class_prompts=(
         "a red {noun} on the moon", "an orange {noun} in the forest wearing a red hat", "a yellow {noun} under the sea",
         "a green {noun} on the grass wearing a red hat", "a blue {noun} in the snow",

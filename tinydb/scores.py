@@ -20,7 +20,7 @@ from tinydb.tokenizer import EOS, PLACEHOLDER, CLIPTokenizer
 BATCH = 16  # pictures or prompts at once
 TINY_NAME = "tinydb world model"  # the base of the model in the box, and of what was taught to it
 
-MARGIN = 0.4  # of learnt + kept: with less, the steps named were worse than the last (weights/README.md)
+MARGIN = 0.1  # of learnt + kept: less than this is noise (weights/README.md, "When to stop")
 NO_CLIP = "no --clip (`python convert_weights.py openai/clip-vit-base-patch32 weights/clip` makes a folder for it)"
 
 Score = dict[str, float]  # "likeness" to the subject's pictures, and "prompt": that without the identifier; cosines

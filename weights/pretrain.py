@@ -4,8 +4,8 @@
     python weights/pretrain.py --images 99 --vae-steps 9 --vae-batch 4 --steps 9 --batch 4 --out runs/try \
         --result runs/tiny
 
-The same command continues a run that was interrupted. A GPU takes minutes, two cores a day. OUT/*.png show how far it
-is.
+The same command continues a run that was interrupted. A GPU takes minutes, two cores a night. OUT/*.png show how far
+it is.
 """
 
 import json

@@ -81,12 +81,9 @@ def test_every_word_of_the_world_is_one_token_and_any_other_text_is_bytes():
     assert tokenizer.dropped("zebra 日本 😀 !?") == "" and strange.index(eos) > 10
 
 
-@pytest.fixture
-def checkpoint_each_step(monkeypatch):
-    monkeypatch.setattr(pretrain, "CHECKPOINT_SECONDS", 0)
+def test_pretraining_that_was_interrupted_ends_as_if_it_was_not(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(pretrain, "CHECKPOINT_SECONDS", 0)  # a checkpoint after each step
 
-
-def test_pretraining_that_was_interrupted_ends_as_if_it_was_not(tmp_path: Path, checkpoint_each_step):
     def run(name: str, interrupted_at: int | None) -> nn.Module:
         """Train for 30 steps; the loss of one of them raises what Ctrl-C does."""
         def loss_of(model: nn.Module) -> torch.Tensor:

@@ -18,6 +18,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,13 +109,18 @@ def draw_scene(number: int, seed: int) -> tuple[np.ndarray, Scene]:
     return np.asarray(render(scene, rng)), scene
 
 
+def by_all_cores(draw: Callable[[int], Any], count: int, name: str) -> list[Any]:
+    """draw(0), draw(1), ... of all numbers below `count`, in this order."""
+    with ProcessPoolExecutor() as pool:
+        return list(tqdm(pool.map(draw, range(count), chunksize=50), name, total=count))
+
+
 def draw_scenes(count: int, seed: int, out: Path) -> tuple[Tensor, list[Scene]]:
     """`count` scenes, drawn by all cores and kept in OUT: uint8 (count, SIZE, SIZE, 3), and what they show."""
     path = out / f"scenes-{seed}-{count}.npy"
     if not path.exists():
-        with ProcessPoolExecutor() as pool:
-            drawn = pool.map(partial(draw_scene, seed=seed), range(count), chunksize=100)
-            pictures = np.stack([picture for picture, _ in tqdm(drawn, "drawing the world", total=count)])
+        drawn = by_all_cores(partial(draw_scene, seed=seed), count, "drawing the world")
+        pictures = np.stack([picture for picture, _ in drawn])
         with written_whole(path) as temporary, temporary.open("wb") as file:
             np.save(file, pictures)
     pictures = torch.from_numpy(np.load(path, mmap_mode="c"))  # read from the file as they are needed
@@ -244,8 +250,8 @@ def train_vae(settings: Settings, pictures: Tensor, out: Path, device: torch.dev
         order = torch.where(torch.rand(batch, 1, device=device) < 0.5, order, torch.arange(3, device=device))
         pixels = pixels_of(chosen.gather(3, order[:, None, None].expand(chosen.shape)), device)
         mean, std = vae.encode(pixels)
-        much = 0.2 * mean.detach().std() * torch.rand(len(mean), 1, 1, 1, device=device)
-        error = vae.decode(mean + (std + much) * torch.randn_like(mean)) - pixels
+        level = 0.2 * mean.detach().std() * torch.rand(len(mean), 1, 1, 1, device=device)
+        error = vae.decode(mean + (std + level) * torch.randn_like(mean)) - pixels
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
         return error.abs().mean() + error.square().mean() + 0.5 * edges + 1e-5 * kl

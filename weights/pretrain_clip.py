@@ -14,7 +14,6 @@ twin there that differs in its marking alone, or colours would be enough to tell
 """
 
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tinydb import cli
@@ -35,7 +33,7 @@ from tinydb.scores import CLIP
 from tinydb.storage import written_whole
 from tinydb.tokenizer import BOS, EOS, CLIPTokenizer
 from judge import UNKNOWN, sample_thing, soften
-from pretrain import train
+from pretrain import by_all_cores, train
 from world import COLORS, MARKINGS, NOUNS, PATTERNS, PLACES, PREFIXES, compose, phrase, render, sample_scene
 
 SIZE = 64  # pixels a side: larger pictures are made smaller
@@ -85,9 +83,7 @@ def draw_things(count: int, seed: int, out: Path) -> tuple[np.ndarray, np.ndarra
     2 i and 2 i + 1 are twins."""
     path = out / f"things-{seed}-{count}.npz"
     if not path.exists():
-        with ProcessPoolExecutor() as pool:
-            drawn = pool.map(partial(draw_twins, seed=seed), range(count // 2), chunksize=50)
-            images, shown = zip(*tqdm(drawn, "drawing things", total=count // 2))
+        images, shown = zip(*by_all_cores(partial(draw_twins, seed=seed), count // 2, "drawing things"))
         with written_whole(path) as temporary, temporary.open("wb") as file:
             np.savez(file, images=np.concatenate(images), shown=np.concatenate(shown))
     with np.load(path) as file:

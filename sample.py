@@ -34,6 +34,7 @@ from tinydb.diffusion import SAMPLERS
 from tinydb.lora_files import LORA_FILE
 from tinydb.pictures import MOST_SHOWN, VISIBLE, describe, grid, open_picture, read_description, save_png
 from tinydb.pipeline import LAST_SEED, Sampling, StableDiffusion
+from tinydb.prompts import read_text
 from tinydb.run import config_around
 from tinydb.scores import NO_CLIP, Ranking, choose_clip, subject_pictures
 from tinydb.storage import existing_parent, model_folder, written_whole
@@ -116,12 +117,8 @@ def settings_in_picture(given: Settings) -> dict[str, object]:
 def settings_in_lines(path: Path, given: Settings) -> list[Settings]:
     """What each line of a --prompts file asks for; what a line leaves open is as on the command line."""
     require(path.suffix != ".json", f"--prompts {path}: expected a prompt a line or, in a .jsonl, an object a line")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise InputError(f"--prompts {path}: not readable ({error})") from None
     jobs = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         source = f"--prompts {path}, line {number}"

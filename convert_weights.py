@@ -30,6 +30,7 @@ from tinydb import cli
 from tinydb.config import (Checked, CLIPConfig, InputError, ModelInfo, ScheduleConfig, TextConfig, UNetConfig,
                            VAEConfig, read_json, require)
 from tinydb.diffusion import NoiseSchedule
+from tinydb.lora_files import LORA_FILE
 from tinydb.pipeline import MODEL_INDEX, PARTS, StableDiffusion
 from tinydb.scores import build_clip
 from tinydb.storage import (WEIGHT_FILES, build_model, canonical_names, check_free_disk, check_tensors, read_tensors,
@@ -269,6 +270,8 @@ def check_finite(src: Path, part: str, model: nn.Module, half: bool) -> None:
 def read_folder(folder: Path) -> tuple[Description, dict[str, dict[str, Tensor]]]:
     """A diffusers folder of any age: its description, and its tensors by part."""
     folder = model_folder(folder)
+    require(not (folder / LORA_FILE).exists(), f"{folder}: a run that learnt a LoRA; give the model that it began with, "
+                                               f"and --lora {folder / LORA_FILE}")
     index = next((folder / name for name in ("model_index.json", "config.json") if (folder / name).exists()), None)
     kind = read_json(index).get("_class_name") if index else "folder without model_index.json"
     require(kind == MODEL_INDEX["_class_name"], f"{folder}: a {kind}; expected a {MODEL_INDEX['_class_name']} (Stable "
@@ -281,6 +284,9 @@ def read_folder(folder: Path) -> tuple[Description, dict[str, dict[str, Tensor]]
 def read_single_file(src: Path, prediction: str | None) -> tuple[Description, dict[str, dict[str, Tensor]]]:
     """A checkpoint in LDM's layout: its description, and its tensors by part under our names."""
     stored, metadata = read_file(src), {}
+    for pattern, kind in REFUSED.items():
+        found = next((name for name in stored if re.fullmatch(pattern, name)), None)
+        require(found is None, f"{src}: {kind} ({found}); only Stable Diffusion 1.x and 2.x can be converted")
     if src.suffix == ".safetensors":
         with safe_open(src, "pt") as file:
             metadata = file.metadata() or {}
@@ -329,9 +335,6 @@ def unpack(src: Path, packed: str) -> Description:
 
 def recognise(src: Path, tensors: dict[str, Tensor]) -> Description:
     """What a checkpoint of another program is, told from the names and shapes of its tensors."""
-    for pattern, kind in REFUSED.items():
-        found = next((name for name in tensors if re.fullmatch(pattern, name)), None)
-        require(found is None, f"{src}: {kind} ({found}); only Stable Diffusion 1.x and 2.x can be converted")
     inside = sorted({name.split(".")[0] for name in tensors})
     lacking = [part.replace("vae", "VAE") for part, prefix in PREFIXES.items() if prefix.split(".")[0] not in inside]
     require("unet" not in lacking or "model_ema" not in inside,

@@ -68,8 +68,8 @@ class Settings(Checked):
     batch: int | None = option(None, "pictures of your subject a micro-step (default: recipe)", least=1, most=10**4)
     accumulate: int = option(1, "micro-steps per step: a larger batch in the same memory", least=1, most=10**4)
     freeze_text: bool = option(False, "train the UNet alone: less memory, a little less likeness")
-    lora: int | None = option(None, "leave the model as it is, and learn low-rank updates of this rank beside it: far "
-                                    "less memory; the result is a file of a few MB", metavar="RANK", least=1, most=1024)
+    lora: int | None = option(None, "rank of low-rank updates, learnt beside a model that stays as it is; 0 trains the "
+                                    "model itself (default: recipe)", metavar="RANK", least=0, most=1024)
     lora_conv: bool | None = option(None, "with --lora, of convolutions as well (default: recipe)", before=False)
     lr: float | None = option(None, "learning rate (default: recipe)", above=0)
     lr_text: float | None = option(None, "that of the text encoder (default: recipe, scaled as --lr is)", above=0)
@@ -104,12 +104,13 @@ class Settings(Checked):
     def resolve(self, recipe: Recipe) -> "Settings":
         """These settings with the recipe's numbers where nothing was given; InputError for what is missing."""
         require(bool(self.images), "--images is missing; expected a folder with 3 to 6 pictures of your subject")
-        usual = recipe.lr_lora if self.lora else recipe.lr_freeze_text if self.freeze_text else recipe.lr
-        lr = usual if self.lr is None else self.lr
-        lr_text = recipe.lr_text * (lr / recipe.lr) if self.lr_text is None else self.lr_text  # the ratio stays
-        names = ("steps", "lr_decay", "batch", "save_every", "class_images", "frozen_prior", "lora_conv")
+        names = ("steps", "lr_decay", "batch", "save_every", "class_images", "frozen_prior", "lora", "lora_conv")
         from_recipe = {name: getattr(recipe, name) for name in names if getattr(self, name) is None}
-        return replace(self, lr=lr, lr_text=None if self.freeze_text else lr_text, **from_recipe,
+        lora = from_recipe.get("lora", self.lora)
+        unet_rate, text_rate = (recipe.lr_lora, recipe.lr_lora_text) if lora else (recipe.lr, recipe.lr_text)
+        lr = self.lr or (recipe.lr_freeze_text if self.freeze_text and not lora else unet_rate)
+        lr_text = self.lr_text or text_rate * (lr / unet_rate)  # the ratio stays
+        return replace(self, **from_recipe, lr=lr, lr_text=None if self.freeze_text else lr_text,
                        class_noun=plain_noun(self.class_noun, self.identifier),
                        out=self.out or usual_folder(self.images))
 
@@ -216,8 +217,7 @@ def load_checkpoint(folder: Path, model: DreamBoothLoss, optimizer: torch.optim.
         shapes = {f"{kind}.{name}": torch.Size([]) if kind == "step" else p.shape for name, p in trained.items()}
         check_tensors(stored, shapes, path)
         for name, parameter in trained.items():
-            # copied into tensors laid out like the parameter: files are row-major, and fused AdamW would pair the
-            # moments of a channels_last weight with the wrong elements
+            # laid out like the parameter: files are row-major, and fused AdamW pairs elements by their place in memory
             tensor = stored[f"{kind}.{name}"]
             like = tensor if kind == "step" else parameter.detach()
             optimizer.state[parameter][kind] = torch.empty_like(like, device=parameter.device).copy_(tensor)

@@ -20,7 +20,7 @@ from convert_weights import SD1
 from tinydb import run
 from tinydb.cli import Parser
 from tinydb.clip import CLIPTextModel
-from tinydb.config import ModelInfo
+from tinydb.config import InputError, ModelInfo
 from tinydb.data import Latents, random_batch
 from tinydb.lora import attach
 from tinydb.lora_files import name_in_file, read_lora, save_lora
@@ -404,3 +404,10 @@ def test_merged_into_its_model(pairs, lora_of, tmp_path, half):
     assert ours.info.class_noun == "cat"
     for name, weight in weights_of(ours).items():
         torch.testing.assert_close(weight, weights_of(theirs)[name], rtol=1e-3 if half else 0, atol=1e-4 if half else 0)
+
+
+def test_alone_it_is_no_model_to_convert(teach, tmp_path):
+    out = teach(tmp_path / "out", lora=2, steps=1)
+    for source in (out, out / "lora.safetensors"):
+        with pytest.raises(InputError, match="LoRA.* --lora"):
+            convert_weights.main(convert_weights.Settings(str(source), str(tmp_path / "converted")))

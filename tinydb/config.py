@@ -358,7 +358,9 @@ class Recipe(Checked):
     lr: float = setting(2e-6, above=0)
     lr_text: float = setting(2e-6, above=0)  # of the text encoder
     lr_freeze_text: float = setting(5e-6, above=0)  # where the UNet learns alone
-    lr_lora: float = setting(1e-4, above=0)  # of low-rank updates
+    lora: int | None = setting(None, least=0, most=1024)  # rank of low-rank updates; 0 or None is none
+    lr_lora: float = setting(1e-4, above=0)  # of these, in the UNet
+    lr_lora_text: float = setting(1e-4, above=0)  # and in the text encoder
     lora_conv: bool = False  # whether convolutions have such updates as well
     save_every: int = setting(400, least=0)  # steps between checkpoints, of which each costs as much as 100 steps
     lr_decay: float = setting(0.0, least=0, most=1)  # last part of the steps, over which the rates fall to 0

@@ -111,7 +111,7 @@ class Run:
         """Make OUT this run's, for all processes: the first claims it, the others wait for that. InputError in each
         of them where they differ, or do not see OUT."""
         require(not (settings.lora and settings.offload),
-                "--offload: with --lora there is little to offload; leave it out")
+                "--offload: with --lora there is little to offload; leave it out, or give --lora 0")
         self.compare_processes(settings, facts)
         if rank == 0:
             require(settings.log is None or find_spec(settings.log) is not None,

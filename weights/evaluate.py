@@ -4,7 +4,7 @@
     python weights/evaluate.py --quick        # 100 of them
     python weights/evaluate.py --dreambooth   # teach it six subjects in several ways and with three seeds: hours; the
                                               # same command goes on with it
-    python weights/evaluate.py --subject weights/subjects/rex --weights runs/rex/model    # the paper's table for one
+    python weights/evaluate.py --subject weights/subjects/rex --lora runs/rex/lora.safetensors    # the paper's table
 
 A judge (judge.py) looks at every picture; for the last table, which any Stable Diffusion can have, a CLIP. Tables are
 printed as Markdown; OUT has the pictures.
@@ -61,8 +61,9 @@ class Arm:
 
 
 ARMS = {  # in the order in which they are run: what matters most comes first
-    "the recipe": Arm(), "the paper": Arm(("--no-frozen-prior", "--lr-decay", "0"), captions=False, prior="plain"),
-    "LoRA of rank 8, 240 steps": Arm(("--lora", "8", "--steps", "240")),
+    "the recipe": Arm(),
+    "the paper": Arm(("--lora", "0", "--no-frozen-prior", "--lr-decay", "0"), captions=False, prior="plain"),
+    "the model itself": Arm(("--lora", "0")),
     "diffusers (the paper)": Arm(captions=False, prior="plain", diffusers=True),
     "prior of noise": Arm(("--no-frozen-prior",)), "no captions": Arm(captions=False),
     "plain prior": Arm(prior="plain"), "prior that names nothing asked": Arm(prior="unasked"),
@@ -78,12 +79,13 @@ class Settings(Checked):
     """The command line."""
 
     weights: str = option(str(ROOT / "weights" / "tiny"), "model folder to evaluate")
+    lora: str | None = option(None, "LoRA file to add to it", metavar="FILE")
     out: str = option("runs/evaluate", "folder for pictures, and for the results of the study")
     guidance: float | None = option(None, "of the composition's pictures (default: the model's recipe)")
     quick: bool = option(False, "a fifth of the prompts; of the study two subjects, one seed and four ways")
     dreambooth: bool = option(False, "the study of DreamBooth instead of composition")
     seeds: int = option(3, "of the study: with how many seeds each way is tried", least=1)
-    subject: str | None = option(None, "folder of the pictures that --weights was taught: the paper's table, by CLIP")
+    subject: str | None = option(None, "folder of the pictures that the model was taught: the paper's table, by CLIP")
     clip: str | None = option(None, "CLIP folder for --subject (default: that of the model in the box, for its world)")
 
 
@@ -182,7 +184,8 @@ def paper_table(settings: Settings, sd: StableDiffusion, out: Path) -> None:
     to the subject's pictures; CLIP-T, to the prompt without the identifier; DIV, one less the likeness among pictures
     of one prompt; and PRES, the likeness to the subject of pictures of its class, of which less is better."""
     noun, clip = sd.info.class_noun, choose_clip(settings.clip, sd.info.base)
-    require(noun is not None, f"--weights {settings.weights}: it was taught no subject; give OUT/model of a run")
+    require(noun is not None, f"{settings.lora or settings.weights}: it was taught no subject; give OUT/model of a run "
+                              "as --weights, or OUT/lora.safetensors as --lora")
     require(clip is not None, NO_CLIP)
     pictures = list(read_pictures(Path(settings.subject), sd.resolution)[0].values())
     require(len(pictures) > 1, f"--subject {settings.subject}: {len(pictures)} pictures in it, expected more")
@@ -313,7 +316,8 @@ def unasked_prompts(subject: Subject) -> list[str]:
     asked = " ".join(f"{prompt} {' '.join(values.values())}" for prompt, values in study_prompts(subject))
     colors = [color for color in COLORS if color not in asked]
     places = subject.places
-    return [f"{phrase('{noun}', color)} {places[i % len(places)]}" for i, color in enumerate(3 * colors)]
+    return [f"{('', 'a photo of ')[i % 2]}{phrase('{noun}', color)} {places[i % len(places)]}"
+            for i, color in enumerate(3 * colors)]
 
 
 class Study:
@@ -409,15 +413,18 @@ def main(settings: Settings):
     kind = "subject" if settings.subject else "dreambooth" if settings.dreambooth else "composition"
     out = Path(settings.out) / kind
     out.mkdir(parents=True, exist_ok=True)
-    judge = load_judge()
-    if settings.subject:
-        paper_table(settings, tinydb.load(settings.weights, choose_device("auto")), out)
-    elif settings.dreambooth:
-        study, few = Study(Path(settings.weights), out, judge), settings.quick
+    if settings.dreambooth:
+        study, few = Study(Path(settings.weights), out, load_judge()), settings.quick
         study.run(list(SUBJECTS)[: 2 if few else None], 1 if few else settings.seeds, list(ARMS)[: 4 if few else None])
         study.print()
+        return
+    sd = tinydb.load(settings.weights, choose_device("auto"))
+    if settings.lora:
+        sd.add_lora(settings.lora)
+    if settings.subject:
+        paper_table(settings, sd, out)
     else:
-        composition(settings, tinydb.load(settings.weights, choose_device("auto")), judge, out)
+        composition(settings, sd, load_judge(), out)
 
 
 if __name__ == "__main__":

@@ -60,24 +60,24 @@ SCHEDULE = ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="sca
                           prediction_type="v_prediction")
 CAPTIONS = 4  # of each scene
 CHECKPOINT_SECONDS = 300
-# What DreamBooth on this model uses: a minute on two cores. Class images with hardly any guidance are what the model
-# believes; with 3, all are of the same kind, and learning from them narrows the class and hides the subject.
+# What DreamBooth on this model uses: half a minute on two cores. Class images with hardly any guidance are what the
+# model believes; with 3, all are of the same kind, and learning from them narrows the class and hides the subject.
+# Their prompts come with "a photo of" and without, as captions do: else the form would tell the subject from its class.
 RECIPE = Recipe(
-    steps=120, batch=6, lr=4e-4, lr_text=4e-4, lr_freeze_text=4e-4, lr_lora=4e-3, lora_conv=True, lr_decay=0.5,
-    save_every=60, frozen_prior=True, class_images=48, class_steps=6, class_sampler="dpm", class_guidance=1.5,
-    sample_steps=30, guidance=3.0,
+    steps=120, batch=6, lr=4e-4, lr_text=4e-4, lr_freeze_text=4e-4, lora=8, lr_lora=4e-3, lr_lora_text=2e-3,
+    lora_conv=True, lr_decay=0.5, save_every=60, frozen_prior=True, class_images=48, class_steps=6, class_sampler="dpm",
+    class_guidance=1.5, plain_share=0.4, sample_steps=30, guidance=3.0,
     class_prompts=(
-        "a red {noun} on the moon", "an orange {noun} in the forest wearing a red hat", "a yellow {noun} under the sea",
-        "a green {noun} on the grass wearing a red hat", "a blue {noun} in the snow",
-        "a purple {noun} in the desert wearing a red hat", "a pink {noun} at night",
-        "a brown {noun} on the beach wearing a red hat", "a black {noun} in the city",
-        "a white {noun} in a room wearing a red hat", "a red {noun} on the beach wearing a red hat",
-        "an orange {noun} in the city", "a yellow {noun} in a room wearing a red hat", "a green {noun} on the moon",
-        "a blue {noun} in the forest wearing a red hat", "a purple {noun} under the sea",
-        "a pink {noun} on the grass wearing a red hat", "a brown {noun} in the snow",
-        "a black {noun} in the desert wearing a red hat", "a white {noun} at night", "a red {noun} in the snow",
-        "an orange {noun} in the desert wearing a red hat", "a yellow {noun} at night",
-        "a green {noun} on the beach wearing a red hat"))
+        "a {noun}", "a red {noun} on the moon", "a photo of an orange {noun} in the forest wearing a red hat",
+        "a {noun}", "a yellow {noun} under the sea", "a photo of a green {noun} on the grass", "a {noun}",
+        "a blue {noun} in the snow", "a photo of a purple {noun} in the desert wearing a red hat", "a {noun}",
+        "a pink {noun} at night", "a photo of a brown {noun} on the beach", "a {noun}", "a black {noun} in the city",
+        "a photo of a white {noun} in a room wearing a red hat", "a {noun}", "a red {noun} on the grass",
+        "a photo of an orange {noun} in the snow", "a {noun}", "a yellow {noun} in the desert",
+        "a photo of a green {noun} at night wearing a red hat", "a {noun}", "a blue {noun} on the beach",
+        "a photo of a purple {noun} in the city", "a {noun}", "a pink {noun} in a room",
+        "a photo of a brown {noun} on the moon wearing a red hat", "a {noun}", "a black {noun} in the forest",
+        "a photo of a white {noun} under the sea"))
 PREVIEW_PROMPTS = [
     "a red dog on the moon", "a blue cat on the beach", "a yellow spotted robot in the snow", "a green car at night",
     "a white house in the forest", "a pink striped fish under the sea", "an orange boat in a room",

@@ -641,7 +641,8 @@ def main():
         folder.mkdir(parents=True, exist_ok=True)
         for i, place in enumerate(subject.places):
             render_subject(name, place, np.random.default_rng(i)).save(folder / f"{i}.png", optimize=True)
-            (folder / f"{i}.txt").write_text(f"a photo of {PLACEHOLDER} {subject.noun} {place}\n")
+            form = "a photo of " if i % 2 == 0 else ""
+            (folder / f"{i}.txt").write_text(f"{form}{PLACEHOLDER} {subject.noun} {place}\n")
     if args.sheet:
         rng = np.random.default_rng(0)
         grid([render(sample_scene(rng), rng) for _ in range(80)], columns=10).save(args.sheet)

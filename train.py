@@ -293,12 +293,12 @@ def main(settings: Settings) -> None:
     instance_images, remarks = read_pictures(Path(settings.images), sd.resolution)
     require(bool(instance_images), no_picture_in(settings.images, remarks))
     captions = read_captions(Path(settings.images), instance_images)
-    prior = ClassImages(sd, weights, settings.class_noun, settings.seed, settings.class_prompts)
+    prior = ClassImages(sd, weights, settings.class_noun, settings.seed, settings.class_prompts, any(captions))
     if settings.class_dir:
-        remarks += prior.bring(Path(settings.class_dir))
+        prior.bring(Path(settings.class_dir))
     prompts = [subject_prompts(captions, settings.identifier, settings.class_noun),
                prior.prompts(settings.class_images)]
-    remarks += prompt_remarks(sd.tokenizer, prompts, settings.identifier)
+    remarks += prior.remarks + prompt_remarks(sd.tokenizer, prompts, settings.identifier)
 
     # OUT belongs to this run from here on. The first process claims it, the others wait for that.
     pictures = pictures_digest([*instance_images.values(), *prior.own], captions + prior.own_captions)

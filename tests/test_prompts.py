@@ -112,10 +112,10 @@ def test_template_is_filled_with_the_class(template, noun, prompt):
     assert fill(template, noun) == prompt
 
 
-def test_prompts_of_class_images(teach, varied, tmp_path, prompts_learnt):
+def test_prompts_of_class_images(teach, varied, captioned, tmp_path, prompts_learnt):
     """Every second one is varied, in turn; each is drawn, learnt and noted under its own."""
     plain, red, snow = "a photo of a dog", "a red dog", "a dog in the snow"
-    out = teach(tmp_path / "out", weights=str(varied), steps=1)
+    out = teach(tmp_path / "out", weights=str(varied), images=str(captioned), steps=1)
     expected = [plain, red, plain, snow, plain, red, plain, snow]
     assert prompts_learnt[0][1] == expected
     paths = sorted((out / "class_images").glob("*/*.png"))
@@ -125,11 +125,21 @@ def test_prompts_of_class_images(teach, varied, tmp_path, prompts_learnt):
     assert [image.tobytes() for image in drawn] == [Image.open(path).tobytes() for path in paths]
 
 
-def test_varied_class_images_are_topped_up(teach, varied, tmp_path):
-    few = teach(tmp_path / "few", weights=str(varied), class_images=8, steps=1) / "class_images"
+def test_without_captions_the_recipes_class_images_are_plain(teach, varied, tmp_path, prompts_learnt, capsys):
+    """Which is said; a file of class prompts that somebody gives is taken all the same."""
+    teach(tmp_path / "out", weights=str(varied), steps=1)
+    assert set(prompts_learnt[0][1]) == {"a photo of a dog"} and "no captions" in capsys.readouterr().err
+    (tmp_path / "a.txt").write_text("a red {noun}\n")
+    teach(tmp_path / "own", weights=str(varied), class_prompts=str(tmp_path / "a.txt"), steps=1)
+    assert "a red dog" in prompts_learnt[1][1] and "no captions" not in capsys.readouterr().err
+
+
+def test_varied_class_images_are_topped_up(teach, varied, captioned, tmp_path):
+    given = {"weights": str(varied), "images": str(captioned), "steps": 1}
+    few = teach(tmp_path / "few", **given, class_images=8) / "class_images"
     before = files(few)
-    teach(tmp_path / "more", weights=str(varied), class_images=11, class_dir=str(few), steps=1)
-    all_at_once = teach(tmp_path / "all", weights=str(varied), class_images=11, steps=1) / "class_images"
+    teach(tmp_path / "more", **given, class_images=11, class_dir=str(few))
+    all_at_once = teach(tmp_path / "all", **given, class_images=11) / "class_images"
     assert files(few) == files(all_at_once) and before.items() < files(few).items()
 
 

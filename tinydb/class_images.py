@@ -20,6 +20,8 @@ from tinydb.storage import fingerprint, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 
 GROUP = 8  # pictures drawn together; fixed, since it decides their last bit
+NO_CAPTIONS = (f"the pictures have no captions, so all class images are plain; a 0.txt beside 0.png that says what is "
+               f"in it, such as: {PLACEHOLDER} dog on the grass, keeps more of the rest of a prompt")
 # What a key always tells of the schedule. A field that is added later, there or to the recipe, counts only if it
 # differs from its default: so older keys stay valid.
 KEY_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
@@ -51,19 +53,25 @@ class ClassImages:
 
     What the prior keeps is what its prompts name. So beside the plain prompt, of which the recipe's `plain_share` of
     them are drawn, there may be templates, which the others take in turn: the recipe's, or those in a file; "plain" is
-    none of them, the paper's prior.
+    none of them, the paper's prior. So is the recipe's where the subject's pictures are not `captioned`: if only class
+    prompts named places, every prompt with a place would come to mean the class.
 
     `key` names what a model in the folder `weights` draws under these settings, so that no other run's pictures are
     taken for it.
     """
 
-    def __init__(self, sd: StableDiffusion, weights: Path, noun: str, seed: int, templates: str | None = None):
+    def __init__(self, sd: StableDiffusion, weights: Path, noun: str, seed: int, templates: str | None = None,
+                 captioned: bool = True):
         self.sd, self.weights, self.seed = sd, weights, seed
+        self.remarks: list[str] = []
         self.own: list[Image.Image] = []
         self.own_captions: list[str] = []
         recipe, schedule = sd.info.recipe, sd.schedule.config
         self.plain = class_prompt(noun)
-        if templates is None:
+        if templates is None and recipe.class_prompts and not captioned:
+            varied = ()
+            self.remarks.append(NO_CAPTIONS)
+        elif templates is None:
             varied = recipe.class_prompts
         elif templates == "plain":
             varied = ()
@@ -79,11 +87,11 @@ class ClassImages:
         self.key = fingerprint(weights, json.dumps([prompts, sd.resolution, entries, recipe.class_steps,
                                                     recipe.class_guidance, seed, GROUP, *sampler]))
 
-    def bring(self, folder: Path) -> list[str]:
-        """Take the pictures in a folder of yours; a line on each file that cannot be used."""
+    def bring(self, folder: Path) -> None:
+        """Take the pictures in a folder of yours; a remark on each file that cannot be used."""
         pictures, remarks = read_pictures(folder, self.sd.resolution)
         self.own, self.own_captions = list(pictures.values()), read_captions(folder, pictures)
-        return remarks
+        self.remarks += remarks
 
     def prompt(self, i: int) -> str:
         """The prompt of picture i of those that are drawn; it does not depend on how many there are."""

@@ -68,14 +68,12 @@ class ClassImages:
         self.own_captions: list[str] = []
         recipe, schedule = sd.info.recipe, sd.schedule.config
         self.plain = class_prompt(noun)
-        if templates is None and recipe.class_prompts and not captioned:
-            varied = ()
-            self.remarks.append(NO_CAPTIONS)
-        elif templates is None:
+        varied = ()
+        if templates is None and captioned:
             varied = recipe.class_prompts
-        elif templates == "plain":
-            varied = ()
-        else:
+        elif templates is None and recipe.class_prompts:
+            self.remarks.append(NO_CAPTIONS)
+        elif templates not in (None, "plain"):
             require(Path(templates).exists(),
                     f"--class-prompts {templates}: no such file; expected a file of prompts, or: plain")
             varied = read_templates(Path(templates))

@@ -89,6 +89,14 @@ class Settings(Checked):
     clip: str | None = option(None, "CLIP folder for --subject (default: that of the model in the box, for its world)")
 
 
+def open_model(weights: str | Path, lora: str | Path | None) -> StableDiffusion:
+    """A model folder on the best device, with the updates of a LoRA file where there is one."""
+    sd = tinydb.load(weights, choose_device("auto"))
+    if lora:
+        sd.add_lora(lora)
+    return sd
+
+
 def draw(sd: StableDiffusion, prompts: list[str], guidance: float | None, name: str) -> list[Image.Image]:
     """A picture for each prompt, picture i with seed i."""
     images = []
@@ -287,9 +295,7 @@ def measure(judge: Judge, similarity: Similarity, name: str, images: list[Image.
 
 def draw_taught(folder: Path, name: str, lora: Path | None = None) -> tuple[list[Image.Image], list[Image.Image]]:
     """What a model, or one and a LoRA file, that was taught a subject draws of it, and of its class."""
-    subject, sd = SUBJECTS[name], tinydb.load(folder, choose_device("auto"))
-    if lora:
-        sd.add_lora(lora)
+    subject, sd = SUBJECTS[name], open_model(folder, lora)
     prompts = [prompt for prompt, _ in study_prompts(subject) for _ in range(PER_PROMPT)]
     return (draw(sd, prompts, None, f"{name}, {folder.name}"),
             draw(sd, [class_prompt(subject.noun)] * CLASS_IMAGES, None, f"a {subject.noun}"))
@@ -316,8 +322,11 @@ def unasked_prompts(subject: Subject) -> list[str]:
     asked = " ".join(f"{prompt} {' '.join(values.values())}" for prompt, values in study_prompts(subject))
     colors = [color for color in COLORS if color not in asked]
     places = subject.places
-    return [f"{('', 'a photo of ')[i % 2]}{phrase('{noun}', color)} {places[i % len(places)]}"
-            for i, color in enumerate(3 * colors)]
+    prompts = []
+    for i, color in enumerate(3 * colors):
+        form = "" if i % 2 == 0 else "a photo of "
+        prompts.append(f"{form}{phrase('{noun}', color)} {places[i % len(places)]}")
+    return prompts
 
 
 class Study:
@@ -418,9 +427,7 @@ def main(settings: Settings):
         study.run(list(SUBJECTS)[: 2 if few else None], 1 if few else settings.seeds, list(ARMS)[: 4 if few else None])
         study.print()
         return
-    sd = tinydb.load(settings.weights, choose_device("auto"))
-    if settings.lora:
-        sd.add_lora(settings.lora)
+    sd = open_model(settings.weights, settings.lora)
     if settings.subject:
         paper_table(settings, sd, out)
     else:

@@ -20,8 +20,8 @@ from tinydb.storage import fingerprint, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 
 GROUP = 8  # pictures drawn together; fixed, since it decides their last bit
-NO_CAPTIONS = (f"the pictures have no captions, so all class images are plain; a 0.txt beside 0.png that says what is "
-               f"in it, such as: {PLACEHOLDER} dog on the grass, keeps more of the rest of a prompt")
+NO_CAPTIONS = ("the pictures have no captions, so all class images are plain; a 0.txt beside 0.png that says what is "
+               "in it, such as: {subject} on the grass, keeps more of the rest of a prompt")
 # What a key always tells of the schedule. A field that is added later, there or to the recipe, counts only if it
 # differs from its default: so older keys stay valid.
 KEY_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
@@ -72,7 +72,7 @@ class ClassImages:
         if templates is None and captioned:
             varied = recipe.class_prompts
         elif templates is None and recipe.class_prompts:
-            self.remarks.append(NO_CAPTIONS)
+            self.remarks.append(NO_CAPTIONS.format(subject=f"{PLACEHOLDER} {noun}"))
         elif templates not in (None, "plain"):
             require(Path(templates).exists(),
                     f"--class-prompts {templates}: no such file; expected a file of prompts, or: plain")

@@ -20,8 +20,6 @@ from tinydb.storage import fingerprint, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 
 GROUP = 8  # pictures drawn together; fixed, since it decides their last bit
-NO_CAPTIONS = ("the pictures have no captions, so all class images are plain; a 0.txt beside 0.png that says what is "
-               "in it, such as: {subject} on the grass, keeps more of the rest of a prompt")
 # What a key always tells of the schedule. A field that is added later, there or to the recipe, counts only if it
 # differs from its default: so older keys stay valid.
 KEY_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
@@ -72,7 +70,9 @@ class ClassImages:
         if templates is None and captioned:
             varied = recipe.class_prompts
         elif templates is None and recipe.class_prompts:
-            self.remarks.append(NO_CAPTIONS.format(subject=f"{PLACEHOLDER} {noun}"))
+            self.remarks.append("the pictures have no captions, so all class images are plain; a 0.txt beside 0.png "
+                                f"that says what is in it, such as: {PLACEHOLDER} {noun} on the grass, keeps more of "
+                                "the rest of a prompt")
         elif templates not in (None, "plain"):
             require(Path(templates).exists(),
                     f"--class-prompts {templates}: no such file; expected a file of prompts, or: plain")

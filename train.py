@@ -56,8 +56,8 @@ TINY = Path(__file__).parent / "weights" / "tiny"
 
 @dataclass(frozen=True)
 class Settings(Checked):
-    """The command line. None is the recipe's number, where the help says so. `free`: may change on --resume;
-    `noted=False`: is not in config.json; `formerly`, `before`: the name and the value that an older run has of it."""
+    """The command line. None is the recipe's number, where the help says so. `free` may differ on --resume;
+    `noted=False` is left out of config.json; `formerly` is an option's old name, `before` its value in older runs."""
 
     images: str = option("", "folder with 3 to 6 pictures of your subject", free=True)
     class_noun: str = option("", "what it is, in a word the model knows: dog, teapot", flag="--class", metavar="NOUN")
@@ -115,7 +115,7 @@ class Settings(Checked):
                        out=self.out or usual_folder(self.images))
 
     @property
-    def examples(self) -> list[int]:
+    def examples_per_set(self) -> list[int]:
         """Pictures of each set in a micro-step. What a frozen model predicts varies less than noise does: with it, a
         third as many class images are enough (weights/README.md)."""
         class_images = math.ceil(self.batch / 3) if self.frozen_prior else self.batch
@@ -128,9 +128,9 @@ class Settings(Checked):
 class DreamBoothLoss(nn.Module):
     """Text encoder and UNet as one module whose forward is the loss, so that DDP synchronises both at once.
 
-    `prompts` holds the prompt of each picture, for each set of them: instance, and class where there is a prior.
+    `prompts[s][i]` is the prompt of picture i of set s: 0 is instance, and 1, where there is a prior, class.
     `frozen` holds both networks as they were before training: their prediction is then the target of the class images.
-    That of a perfect model is the mean of all noise (or v) that fits x_t, so it varies less than the noise of one draw.
+    A perfect model predicts the mean of all noise (or v) that fits x_t, so this target varies less than one draw does.
     """
 
     def __init__(self, sd: StableDiffusion, prompts: list[list[str]], freeze_text: bool,
@@ -138,7 +138,7 @@ class DreamBoothLoss(nn.Module):
         super().__init__()
         self.unet = sd.unet.requires_grad_(lora is None)
         self.text_encoder = sd.text_encoder.requires_grad_(lora is None and not freeze_text)
-        self.lora = lora  # the updates in their layers, which are trained instead
+        self.lora = lora  # low-rank updates: where there are any, they alone are trained
         self.frozen = frozen
         self.schedule = sd.schedule
         distinct = list(dict.fromkeys(prompt for set_prompts in prompts for prompt in set_prompts))
@@ -252,18 +252,18 @@ def trainable(sd: StableDiffusion, weights: Path, prompts: list[list[str]], sett
     if settings.frozen_prior and settings.prior_weight > 0:
         before = sd if settings.lora else load(weights, sd.device, dtype)  # updates leave the model as it was
         frozen = nn.ModuleDict({"unet": before.unet, "text_encoder": before.text_encoder})
-    learnt = {"unet": sd.unet} if settings.freeze_text else {"unet": sd.unet, "text_encoder": sd.text_encoder}
+    trained = {"unet": sd.unet} if settings.freeze_text else {"unet": sd.unet, "text_encoder": sd.text_encoder}
     if settings.lora:
-        for part in (sd.unet, sd.text_encoder):
-            part.to(dtype)  # it stays as it is, which needs no fp32
-        learnt = attach(learnt, settings.lora, settings.lora_conv, settings.seed)
-        lora = nn.ModuleDict({name: update for updates in learnt.values() for name, update in updates.items()})
+        for network in (sd.unet, sd.text_encoder):
+            network.to(dtype)  # it stays as it is, which needs no fp32
+        trained = attach(trained, settings.lora, settings.lora_conv, settings.seed)
+        lora = nn.ModuleDict({name: update for updates in trained.values() for name, update in updates.items()})
     layout = torch.contiguous_format if sd.device.type == "mps" else torch.channels_last  # wrong on MPS: pytorch#193349
     model = DreamBoothLoss(sd, prompts, settings.freeze_text, lora, frozen).to(memory_format=layout)
     if settings.offload:
         model.to("cpu")
     param_groups = [{"params": list(module.parameters()), "initial_lr": rate}
-                    for module, rate in zip(learnt.values(), (settings.lr, settings.lr_text))]
+                    for module, rate in zip(trained.values(), (settings.lr, settings.lr_text))]
     return model, torch.optim.AdamW(param_groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True)
 
 
@@ -315,10 +315,10 @@ def main(settings: Settings) -> None:
     if settings.prior_weight > 0:
         folder = Path(settings.class_dir or run.out / "class_images")
         image_sets.append(prior.images(folder, settings.class_images, dtype, rank, world_size, stop))
-    sets = [Latents.of(images, sd.vae, device) for images in image_sets]  # bf16 would err by half of std
+    sets = [Latents.of(images, sd.vae, device) for images in image_sets]  # in fp32: bf16 moves the mean by half of std
     sd.vae.to("cpu")  # every picture is encoded now; previews bring it back for a moment
 
-    # What is trained, and how.
+    # What is trained, and how. `masters` are the fp32 weights, which the optimizer moves.
     masters, optimizer = trainable(sd, weights, prompts[: len(sets)], settings, dtype)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -361,16 +361,16 @@ def main(settings: Settings) -> None:
             group["lr"] = group["initial_lr"] * min(1, (settings.steps - step) / decay_steps)
         # One batch for all processes and micro-steps, which take their parts: however it is split, it is the same step.
         parts = settings.accumulate * world_size
-        counts = [parts * count for count in settings.examples]
+        counts = [parts * count for count in settings.examples_per_set]
         batch = random_batch(sets, counts, sd.schedule.config.num_train_timesteps, settings.seed, step)
         sums = torch.zeros(len(sets) + 1, device=device)  # losses, and whether anyone asked to stop: one all_reduce
         for micro_step in range(settings.accumulate):
-            part = batch.part(rank * settings.accumulate + micro_step, parts).to(device)
+            micro_batch = batch.part(rank * settings.accumulate + micro_step, parts).to(device)
             last = micro_step == settings.accumulate - 1
             # DDP averages the gradients of all processes in the last of the backward passes
             with nullcontext() if last or world_size == 1 else parallel.no_sync():
                 with autocast():
-                    losses = parallel(part) / settings.accumulate
+                    losses = parallel(micro_batch) / settings.accumulate
                 scaler.scale((losses * loss_weights).sum()).backward()
             sums[:-1] += losses.detach() / world_size
         sums[-1].fill_(stop.asked)  # an assignment would wait for the GPU
@@ -396,8 +396,8 @@ def main(settings: Settings) -> None:
             values = dict(zip(("instance_loss", "prior_loss"), losses))
             progress.set_postfix({name: f"{value:.4f}" for name, value in values.items()}, refresh=False)
             if due or asked_to_stop:
-                with torch.no_grad(), autocast():
-                    check_finite(model(part).tolist(), scaler, done, settings.lr)  # of the weights that would be saved
+                with torch.no_grad(), autocast():  # the losses of the weights that would be saved
+                    check_finite(model(micro_batch).tolist(), scaler, done, settings.lr)
             if previewing or (due and scorer.clip):
                 values |= scorer.note(state["scores"], done, run.preview(shown, scorer.prompts, done, autocast))
             run.log(done, values)

@@ -18,7 +18,7 @@ from tinydb.config import CLIPConfig, TextConfig, VisionConfig
 from tinydb.layers import attend
 from tinydb.pictures import to_pixels
 
-# Of the colours of all pictures that OpenAI's CLIP was trained on, red, green and blue in [0, 1].
+# The statistics of OpenAI's training pictures: red, green and blue in [0, 1].
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -164,7 +164,7 @@ class CLIPModel(nn.Module):
 
     def text_features(self, input_ids: Tensor) -> Tensor:
         """input_ids (B, T) -> unit vectors (B, D)."""
-        ends = input_ids.argmax(dim=1)  # the first end token: the highest id there is; it has seen all of the text
+        ends = input_ids.argmax(dim=1)  # the first end token, whose id is the highest; it has seen all of the text
         hidden = self.text_model(input_ids)[torch.arange(len(input_ids)), ends]  # (B, C)
         return F.normalize(self.text_projection(hidden), dim=1)
 

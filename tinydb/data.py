@@ -66,8 +66,8 @@ class Latents:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device. CUDA copies out of pinned memory while the CPU goes on; MPS would copy what is
-    not there yet (pytorch#189690)."""
+    """Copy a CPU tensor to a device. CUDA copies out of pinned memory while the CPU goes on. On MPS, a copy that does
+    not wait may read what is not written yet (pytorch#189690)."""
     if device.type == "cuda":
         return tensor.contiguous().pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -107,7 +107,7 @@ def random_batch(sets: list[Latents], counts: list[int], num_timesteps: int, see
     Everything comes from one CPU generator that depends on seed and step alone: a resumed run, and any split of the
     same counts over processes and micro-steps, sees the same numbers.
     """
-    # mixes the two, so that (0, 1) and (1, 0) differ; manual_seed takes 63 bits
+    # mixes the two, so that (0, 1) and (1, 0) differ; of the 63 bits, torch's CPU generator uses the lower 32
     state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]) >> 1)
     indices, latents = [], []

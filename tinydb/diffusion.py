@@ -120,9 +120,9 @@ def dpm_step(schedule: NoiseSchedule, now: Estimate, next_timestep: int, earlier
     """One step x_t -> x_t' of DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2). The last step, to timestep 0, leaves no
     noise at all; DDIM's leaves that of abar_0, as Stable Diffusion always did.
 
-    DDIM's step is exact if the network believed in the same clean latents all the way to t'. But its estimate moves,
-    about linearly in lambda = log(alpha / sigma), and the `earlier` estimate tells how fast. So take the clean latents
-    from the middle of this step, and the noise such that alpha_t clean + sigma_t noise is still x_t.
+    DDIM holds the estimate of the clean latents fixed over a step. It really moves, about linearly in
+    lambda = log(alpha / sigma), and the `earlier` estimate tells how fast. So extrapolate it to the middle of this
+    step, and choose the noise such that alpha_t clean + sigma_t noise is still x_t.
     """
     if next_timestep == 0:
         return now.clean

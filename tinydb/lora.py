@@ -42,12 +42,12 @@ class LowRank(nn.Module):
         nn.init.normal_(self.lora_down.weight, std=1 / (rank * kernel**0.5), generator=generator)
         nn.init.zeros_(self.lora_up.weight)  # the first step starts from the model as it is
         self.to(layer.weight.device)
-        self.added = True
-        layer.register_forward_hook(self.add)
+        self.enabled = True
+        layer.register_forward_hook(self.add)  # from here on, the layer returns the sum
 
     def add(self, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        """W x and the x that went in, (B, L, C_in) -> (B, L, C_out); of a convolution maps (B, C, h, w)."""
-        return output + self.lora_up(self.lora_down(inputs[0])) if self.added else output
+        """A forward hook: `inputs` holds x and `output` is W x, in the layer's own shapes -> W x + B A x."""
+        return output + self.lora_up(self.lora_down(inputs[0])) if self.enabled else output
 
 
 @contextmanager
@@ -55,10 +55,12 @@ def without_updates(updates: nn.ModuleDict | None) -> Iterator[None]:
     """Within it, the layers compute as before training: `updates` are not added."""
     layers = [] if updates is None else updates.values()
     for update in layers:
-        update.added = False
-    yield
-    for update in layers:
-        update.added = True
+        update.enabled = False
+    try:
+        yield
+    finally:
+        for update in layers:
+            update.enabled = True
 
 
 def adapted_layers(part: str, model: nn.Module, convolutions: bool) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -75,7 +77,7 @@ def adapted_layers(part: str, model: nn.Module, convolutions: bool) -> dict[str,
 
 
 def updates_numel(models: dict[str, nn.Module], rank: int, convolutions: bool) -> int:
-    """How many numbers the updates of these parts are."""
+    """The number of parameters that the updates of these parts have."""
     layers = [layer for part, model in models.items() for layer in adapted_layers(part, model, convolutions).values()]
     return rank * sum(len(layer.weight) + layer.weight[0].numel() for layer in layers)
 

@@ -24,7 +24,7 @@ from tinydb.vae import AutoencoderKL
 
 DEFAULT_IDENTIFIER = "ohwx"  # one rare token of CLIP's vocabulary, and of the model in the box
 DECODE_BATCH = 2  # pictures decoded at once: at full size the decoder needs more memory than the UNet
-LAST_SEED = 2**32 - 1  # torch looks at 32 bits
+LAST_SEED = 2**32 - 1  # torch's CPU generator uses 32 bits
 
 PARTS = {"text_encoder": (CLIPTextModel, TextConfig), "unet": (UNet2DConditionModel, UNetConfig),
          "vae": (AutoencoderKL, VAEConfig)}
@@ -153,12 +153,12 @@ class StableDiffusion:
             latents = self.initial_latents(generators, sampling.size)
         require(len(latents) == len(prompts), f"{len(latents)} latents for {len(prompts)} prompts; expected as many")
 
-        def unet(noisy: Tensor, timesteps: Tensor, text_embeds: Tensor) -> Tensor:
-            return self.unet(noisy.to(self.dtype), timesteps, text_embeds).float()
+        def predict(noisy: Tensor, timestep: Tensor, text_embeds: Tensor) -> Tensor:
+            return self.unet(noisy.to(self.dtype), timestep, text_embeds).float()
 
         text_embeds, negative_embeds = (self.encode_prompt(texts)
                                         for texts in (prompts, [sampling.negative] * len(prompts)))
-        denoiser = guided(unet, text_embeds, negative_embeds, sampling.guidance_scale)
+        denoiser = guided(predict, text_embeds, negative_embeds, sampling.guidance_scale)
         yield from sample(self.schedule, denoiser, latents.to(self.device, torch.float32), sampling.sampler, timesteps,
                           FreshNoise(sampling.eta, generators))
 
@@ -168,7 +168,7 @@ class StableDiffusion:
 
         prompts     a text, or a list of them; [V] is the subject that train.py taught
         latents     (B, C, h, w) to start from in place of the seeds' noise
-        init        a PIL image to draw over, from the noise of the last `strength` of the steps
+        init        a PIL image to draw over: it is noised, and only the last `strength` of the steps are taken
         settings    those of `Sampling`: steps, guidance_scale, seed, size, negative, strength, sampler, eta
 
         Raises InputError, one line with what was expected, for what the model cannot draw.
@@ -227,7 +227,7 @@ class StableDiffusion:
             self.write(path, dtype, vae_from)
 
     def write(self, folder: Path, dtype: torch.dtype | None, vae_from: Path | None = None) -> None:
-        """Write the files of `save` into a folder that is there, or not yet."""
+        """Write the files of `save` into a folder, which is made where it is missing."""
         self.save_settings(folder)
         for part in PARTS:
             path = folder / part / WEIGHT_FILES[part]

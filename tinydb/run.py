@@ -351,7 +351,7 @@ def memory_plan(sd: StableDiffusion, settings: Any, dtype: torch.dtype, world_si
         weights, gradients, optimizer, copies = low, dtype.itemsize * trained, 0, 0
     elif dtype == torch.float32 or settings.recompute:
         copies = 0
-    config, pictures = sd.unet.config, sum(settings.examples)
+    config, pictures = sd.unet.config, sum(settings.examples_per_set)
     kept = KEPT * pictures * config.block_out_channels[0] * config.sample_size**2 * dtype.itemsize
     activations = kept / 8 if settings.recompute else kept
     # the backward pass frees activations as it makes gradients; those of an earlier micro-step, and DDP's buckets, stay

@@ -22,8 +22,8 @@ class CLIPTokenizer:
 
     `vocab` maps tokens to ids, `merges` lists the pairs to join, best first. `pad` is the padding token: the end token
     in SD 1.x, "!" in SD 2.x. Every special token is matched anywhere in a text, the pad token included: in SD 2.x each
-    "!" becomes padding. So are the tokens that somebody `added`, such as the <cat-toy> of a textual inversion: by id,
-    "content" and how to match it.
+    "!" becomes padding. `added` maps the id of an extra token, such as the <cat-toy> of a textual inversion, to its
+    text ("content") and the rules by which it is found in a prompt.
     """
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], pad: str = EOS, max_length: int = 77,
@@ -88,6 +88,7 @@ class CLIPTokenizer:
             merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
             pad = settings.get("pad_token") or EOS
             pad = pad["content"] if isinstance(pad, dict) else pad
+            # a rule that a file does not name is off, but for "normalized"
             known = {int(token["id"]): {"content": token["content"], "special": token.get("special") is True,
                                         **{name: token.get(name, name == "normalized") is True for name in MATCHING}}
                      for token in added if token["content"] not in (BOS, EOS, pad)}

@@ -58,7 +58,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        # diffusers has a dropout in the middle, which counts in the names of the weights
+        # Identity stands where diffusers has a dropout, so that the last layer is net.2 as in its files
         self.net = nn.Sequential(GEGLU(channels, 4 * channels), nn.Identity(), nn.Linear(4 * channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -270,8 +270,7 @@ def trainable(sd: StableDiffusion, weights: Path, prompts: list[list[str]], sett
 def joined(model: DreamBoothLoss, dtype: torch.dtype, compiled: bool) -> DistributedDataParallel:
     """The loss, whose backward pass averages the gradients of all processes."""
     # gradients live in the buckets that are sent, without a second copy; --compile cuts its graph at each bucket
-    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False,
-                                       bucket_cap_mb=200 if compiled else 25)
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=200 if compiled else 25)
     if dist.get_backend() == "nccl" and dtype == torch.bfloat16:  # sent as they were computed: 2 GB a step
         parallel.register_comm_hook(None, bf16_compress_hook)
     return parallel

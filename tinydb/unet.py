@@ -93,7 +93,8 @@ class PixelLinear(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H * W, C_in) -> (B, H * W, C_out): the same product as the convolution's, and faster."""
-        return F.linear(x, self.weight.flatten(1), self.bias)
+        # the gradient gets the layout of channels_last weights, as DDP wants it
+        return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
 
 class Transformer2DModel(nn.Module):

@@ -363,7 +363,7 @@ def scored(monkeypatch, scores: list[tuple[float, float]]) -> None:
 @pytest.mark.parametrize("scores, keep, kept, said", [
     ([(0.3, 0.2), (0.4, 0.2), (0.75, 0.19), (0.8, 0.12)], 1, [2, 3], "step 2 is the best"),
     ([(0.3, 0.2), (0.8, 0.3), (0.9, 0.3), (0.8, 0.2)], 1, [2, 3], "step 2 is the best"),  # the last of equals, so far
-    ([(0.3, 0.2), (0.4, 0.2), (0.7, 0.19), (0.8, 0.19)], 2, [2, 3], "no earlier checkpoint is clearly better"),
+    ([(0.3, 0.2), (0.4, 0.2), (0.7, 0.19), (0.8, 0.19)], 2, [2, 3], "no earlier checkpoint is better"),
 ], ids=["in-the-middle", "the-last-of-equals", "the-last"])
 def test_best_step_is_kept_and_named(teach, small_clip, tmp_path, monkeypatch, capsys, scores, keep, kept, said):
     scored(monkeypatch, scores)

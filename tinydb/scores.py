@@ -20,7 +20,6 @@ from tinydb.tokenizer import EOS, PLACEHOLDER, CLIPTokenizer
 BATCH = 16  # pictures or prompts at once
 TINY_NAME = "tinydb world model"  # the base of the model in the box, and of what was taught to it
 
-MARGIN = 0.1  # of learnt + kept: less than this is noise (weights/README.md, "When to stop")
 NO_CLIP = "no --clip (`python convert_weights.py openai/clip-vit-base-patch32 weights/clip` makes a folder for it)"
 
 Score = dict[str, float]  # "likeness" to the subject's pictures, and "prompt": that without the identifier; cosines
@@ -149,14 +148,14 @@ class Scorer:
         return max(merits, key=lambda step: (merits[step], step), default=None)
 
     def advice(self, scores: dict[str, Score], run: Run, file: str) -> str:
-        """What to say at the end of a run: the best step, where it is clearly better than the last, and how to sample
-        it, by `file` in its checkpoint."""
-        merits, best = self.merits(scores, run), self.best_step(scores, run)
+        """What to say at the end of a run: the best step, where it is not the last, and how to sample it, by `file` in
+        its checkpoint."""
+        best = self.best_step(scores, run)
         if best is None:
             return ""
-        last = max(merits)
-        if merits[best] <= merits[last] + MARGIN:
-            return "By CLIP, no earlier checkpoint is clearly better than this.\n\n"
+        last = max(map(int, scores))
+        if best == last:
+            return "By CLIP, no earlier checkpoint is better than this.\n\n"
         numbers = ", ".join(f"{name} {value:.3f} (step {last}: {scores[str(last)][name]:.3f})"
                             for name, value in scores[str(best)].items())
         return (f"By CLIP, step {best} is the best: {numbers}. Compare:\n\n"

@@ -116,8 +116,7 @@ class Settings(Checked):
 
     @property
     def examples_per_set(self) -> list[int]:
-        """Pictures of each set in a micro-step. What a frozen model predicts varies less than noise does: with it, a
-        third as many class images are enough (weights/README.md)."""
+        """Pictures of each set in a micro-step. A frozen prior needs a third as many class images (DreamBoothLoss)."""
         class_images = math.ceil(self.batch / 3) if self.frozen_prior else self.batch
         return [self.batch, class_images] if self.prior_weight > 0 else [self.batch]
 
@@ -129,8 +128,9 @@ class DreamBoothLoss(nn.Module):
     """Text encoder and UNet as one module whose forward is the loss, so that DDP synchronises both at once.
 
     `prompts[s][i]` is the prompt of picture i of set s: 0 is instance, and 1, where there is a prior, class.
-    `frozen` holds both networks as they were before training: their prediction is then the target of the class images.
-    A perfect model predicts the mean of all noise (or v) that fits x_t, so this target varies less than one draw does.
+    `frozen` predicts the target of the class images: both networks as they were before training or, with `lora`, these
+    networks without the updates. A perfect model predicts the mean of all noise (or v) that fits x_t, so this target
+    varies less than one draw does.
     """
 
     def __init__(self, sd: StableDiffusion, prompts: list[list[str]], freeze_text: bool,
@@ -150,7 +150,7 @@ class DreamBoothLoss(nn.Module):
         counts = [len(timesteps) for timesteps in batch.timesteps]
         latents, noise = torch.cat(batch.latents), torch.cat(batch.noise)  # (B, C, h, w)
         timesteps = torch.cat(batch.timesteps)  # (B,)
-        # a prompt that several examples share goes through the text encoder once
+        # the text encoder sees each distinct prompt once; `inverse` says which one each example has
         rows = torch.cat([set_rows[indices] for set_rows, indices in zip(self.prompt_rows, batch.indices)])
         needed, inverse = rows.unique(return_inverse=True)
         prompt_ids, inverse = (to_device(tensor, latents.device) for tensor in (self.prompt_ids[needed], inverse))
@@ -262,8 +262,9 @@ def trainable(sd: StableDiffusion, weights: Path, prompts: list[list[str]], sett
     model = DreamBoothLoss(sd, prompts, settings.freeze_text, lora, frozen).to(memory_format=layout)
     if settings.offload:
         model.to("cpu")
-    param_groups = [{"params": list(module.parameters()), "initial_lr": rate}
-                    for module, rate in zip(trained.values(), (settings.lr, settings.lr_text))]
+    rates = {"unet": settings.lr, "text_encoder": settings.lr_text}
+    param_groups = [{"params": list(module.parameters()), "lr": rates[part], "initial_lr": rates[part]}
+                    for part, module in trained.items()]
     return model, torch.optim.AdamW(param_groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True)
 
 
@@ -317,7 +318,7 @@ def main(settings: Settings) -> None:
     sets = [Latents.of(images, sd.vae, device) for images in image_sets]  # in fp32: bf16 moves the mean by half of std
     sd.vae.to("cpu")  # every picture is encoded now; previews bring it back for a moment
 
-    # What is trained, and how. `masters` are the fp32 weights, which the optimizer moves.
+    # What is trained, and how: `masters` is the loss whose fp32 parameters the optimizer moves.
     masters, optimizer = trainable(sd, weights, prompts[: len(sets)], settings, dtype)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -333,7 +334,7 @@ def main(settings: Settings) -> None:
 
     sd.info = replace(sd.info, identifier=settings.identifier, class_noun=settings.class_noun,
                       base=sd.info.base or {"name": weights.resolve().name, "license": "that of this model"})
-    # The step computes with these weights or, with --offload, with a low-precision copy of them on the device.
+    # `model` computes a step: `masters` itself or, with --offload, a low-precision copy of it on the device.
     model, offloaded = masters, []
     if settings.offload:
         model = copy.deepcopy(masters).to(device, dtype)
@@ -358,11 +359,11 @@ def main(settings: Settings) -> None:
         decay_steps = max(1, settings.lr_decay * settings.steps)  # the rates are constant, then fall to 0
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * min(1, (settings.steps - step) / decay_steps)
-        # One batch for all processes and micro-steps, which take their parts: however it is split, it is the same step.
+        # One batch, cut into a part for each micro-step of each process: either way to k parts takes the same step.
         parts = settings.accumulate * world_size
         counts = [parts * count for count in settings.examples_per_set]
         batch = random_batch(sets, counts, sd.schedule.config.num_train_timesteps, settings.seed, step)
-        sums = torch.zeros(len(sets) + 1, device=device)  # losses, and whether anyone asked to stop: one all_reduce
+        sums = torch.zeros(len(sets) + 1, device=device)  # the loss of each set, and who asked to stop: one all_reduce
         for micro_step in range(settings.accumulate):
             micro_batch = batch.part(rank * settings.accumulate + micro_step, parts).to(device)
             last = micro_step == settings.accumulate - 1

@@ -26,18 +26,18 @@ from tinydb.unet import PixelLinear, Transformer2DModel
 
 
 class LowRank(nn.Module):
-    """The update of one layer, added to what the layer returns. Here alpha = r, so nothing scales it."""
+    """The update of one layer, added to what the layer returns. Here alpha = r, so alpha / r is 1."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int, generator: torch.Generator):
         super().__init__()
         out_channels, in_channels = layer.weight.shape[:2]
-        if type(layer) is nn.Conv2d:
+        if type(layer) is nn.Conv2d:  # not PixelLinear, a linear layer on pixels
             self.lora_down = nn.Conv2d(in_channels, rank, layer.kernel_size, padding=layer.padding, bias=False)  # A
             self.lora_up = nn.Conv2d(rank, out_channels, 1, bias=False)  # B
         else:
             self.lora_down = type(layer)(in_channels, rank, bias=False)  # A
             self.lora_up = type(layer)(rank, out_channels, bias=False)  # B
-        self.register_buffer("alpha", torch.tensor(float(rank)))
+        self.register_buffer("alpha", torch.tensor(float(rank)))  # for readers of the file
         kernel = layer.weight[0, 0].numel()  # 9 of a 3x3 convolution
         nn.init.normal_(self.lora_down.weight, std=1 / (rank * kernel**0.5), generator=generator)
         nn.init.zeros_(self.lora_up.weight)  # the first step starts from the model as it is

@@ -67,17 +67,20 @@ RECIPE = Recipe(
     steps=120, batch=6, lr=4e-4, lr_text=4e-4, lr_freeze_text=4e-4, lora=8, lr_lora=4e-3, lr_lora_text=1.2e-3,
     lr_decay=0.5, save_every=60, frozen_prior=True, class_images=48, class_steps=6, class_sampler="dpm",
     class_guidance=1.5, plain_share=0.4, sample_steps=30, guidance=3.0,
-    class_prompts=(
-        "a {noun}", "a red {noun} on the moon", "a photo of an orange {noun} in the forest wearing a red hat",
-        "a {noun}", "a yellow {noun} under the sea", "a photo of a green {noun} on the grass", "a {noun}",
-        "a blue {noun} in the snow", "a photo of a purple {noun} in the desert wearing a red hat", "a {noun}",
-        "a pink {noun} at night", "a photo of a brown {noun} on the beach", "a {noun}", "a black {noun} in the city",
-        "a photo of a white {noun} in a room wearing a red hat", "a {noun}", "a red {noun} on the grass",
-        "a photo of an orange {noun} in the snow", "a {noun}", "a yellow {noun} in the desert",
-        "a photo of a green {noun} at night wearing a red hat", "a {noun}", "a blue {noun} on the beach",
-        "a photo of a purple {noun} in the city", "a {noun}", "a pink {noun} in a room",
-        "a photo of a brown {noun} on the moon wearing a red hat", "a {noun}", "a black {noun} in the forest",
-        "a photo of a white {noun} under the sea"))
+    class_prompts=(  # every place with a colour and without: a place that only captions name comes to mean the subject
+        "a {noun} on the moon", "a red {noun} on the moon",
+        "a photo of an orange {noun} in the forest wearing a red hat", "a photo of a {noun} in the snow",
+        "a yellow {noun} under the sea", "a photo of a green {noun} on the grass", "a {noun} in the desert",
+        "a blue {noun} in the snow", "a photo of a purple {noun} in the desert wearing a red hat",
+        "a photo of a {noun} at night", "a pink {noun} at night", "a photo of a brown {noun} on the beach",
+        "a {noun} on the grass", "a black {noun} in the city",
+        "a photo of a white {noun} in a room wearing a red hat", "a photo of a {noun} in the city",
+        "a red {noun} on the grass", "a photo of an orange {noun} in the snow", "a {noun} under the sea",
+        "a yellow {noun} in the desert", "a photo of a green {noun} at night wearing a red hat",
+        "a photo of a {noun} on the beach", "a blue {noun} on the beach", "a photo of a purple {noun} in the city",
+        "a {noun} in the forest", "a pink {noun} in a room",
+        "a photo of a brown {noun} on the moon wearing a red hat", "a photo of a {noun} in a room",
+        "a black {noun} in the forest", "a photo of a white {noun} under the sea"))
 PREVIEW_PROMPTS = [
     "a red dog on the moon", "a blue cat on the beach", "a yellow spotted robot in the snow", "a green car at night",
     "a white house in the forest", "a pink striped fish under the sea", "an orange boat in a room",

@@ -263,7 +263,7 @@ def trainable(sd: StableDiffusion, weights: Path, prompts: list[list[str]], sett
     if settings.offload:
         model.to("cpu")
     rates = {"unet": settings.lr, "text_encoder": settings.lr_text}
-    param_groups = [{"params": list(module.parameters()), "lr": rates[part], "initial_lr": rates[part]}
+    param_groups = [{"params": list(module.parameters()), "initial_lr": rates[part]}  # the loop sets "lr" by it
                     for part, module in trained.items()]
     return model, torch.optim.AdamW(param_groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True)
 
@@ -359,11 +359,11 @@ def main(settings: Settings) -> None:
         decay_steps = max(1, settings.lr_decay * settings.steps)  # the rates are constant, then fall to 0
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * min(1, (settings.steps - step) / decay_steps)
-        # One batch, cut into a part for each micro-step of each process: either way to k parts takes the same step.
+        # One batch, cut into equal parts, one for each micro-step of each process. Who takes which changes nothing.
         parts = settings.accumulate * world_size
         counts = [parts * count for count in settings.examples_per_set]
         batch = random_batch(sets, counts, sd.schedule.config.num_train_timesteps, settings.seed, step)
-        sums = torch.zeros(len(sets) + 1, device=device)  # the loss of each set, and who asked to stop: one all_reduce
+        sums = torch.zeros(len(sets) + 1, device=device)  # losses, and whether anyone asked to stop: one all_reduce
         for micro_step in range(settings.accumulate):
             micro_batch = batch.part(rank * settings.accumulate + micro_step, parts).to(device)
             last = micro_step == settings.accumulate - 1

@@ -1,4 +1,4 @@
-"""Low-rank updates (LoRA, arXiv 2106.09685): a subject in a file of a few MB, beside a model that stays as it is.
+"""Low-rank updates (LoRA, arXiv 2106.09685): a subject in a small file, beside a model that stays as it is.
 
 A linear layer W (out, in) gets the product of two thin matrices, A (r, in) and B (out, r); equation 3:
 
@@ -37,7 +37,7 @@ class LowRank(nn.Module):
         else:
             self.lora_down = type(layer)(in_channels, rank, bias=False)  # A
             self.lora_up = type(layer)(rank, out_channels, bias=False)  # B
-        self.register_buffer("alpha", torch.tensor(float(rank)))  # for readers of the file
+        self.register_buffer("alpha", torch.tensor(float(rank)))  # other programs read it from the file
         kernel = layer.weight[0, 0].numel()  # 9 of a 3x3 convolution
         nn.init.normal_(self.lora_down.weight, std=1 / (rank * kernel**0.5), generator=generator)
         nn.init.zeros_(self.lora_up.weight)  # the first step starts from the model as it is

@@ -203,13 +203,14 @@ def test_measures_of_the_study_point_where_the_paper_has_them():
     """A perfect model has nearly all; one that draws the subject for its class has drifted."""
     model = judge.load_judge()
     similarity = evaluate.similarity_to(model)
-    images, class_images = evaluate.draw_real("rex")
-    perfect = evaluate.measure(model, similarity, "rex", images, class_images)
-    drifted = evaluate.measure(model, similarity, "rex", class_images[:10], images)
-    assert perfect["all"] >= 80 and perfect["prompt"] >= 85 and perfect["drift"] <= 10
-    assert drifted["all"] == 0 and drifted["prompt"] < 50 and drifted["drift"] >= 50
+    images, class_images, placed = evaluate.draw_real("rex")
+    perfect = evaluate.measure(model, similarity, "rex", images, class_images, placed)
+    drifted = evaluate.measure(model, similarity, "rex", class_images[:10], images, images)
+    assert perfect["all"] >= 80 and perfect["prompt"] >= 85
+    assert drifted["all"] == 0 and drifted["prompt"] < 50
+    assert all(perfect[drift] <= 10 and drifted[drift] >= 50 for drift in ("drift", "drift in places"))
     assert drifted["PRES"] > perfect["PRES"] + 20 and perfect["likeness"] > drifted["likeness"] + 20
-    same = evaluate.measure(model, similarity, "rex", images, class_images[:1] * 5)
+    same = evaluate.measure(model, similarity, "rex", images, class_images[:1] * 5, placed)
     assert same["DIV"] < 1e-3 < 10 < perfect["DIV"]
 
 
@@ -246,9 +247,9 @@ def test_study_goes_on_and_compares_the_same_subjects_and_seeds(tmp_path, monkey
         study.rows[f"{way}/{name}/{seed}"] = {"all": 90.0 + 4 * seed - (way != "the recipe") * (10 + 2 * seed)}
 
     monkeypatch.setattr(study, "teach", teach)
-    monkeypatch.setattr(study, "measure", lambda way, name, seed, *pictures: study.rows.update(
+    monkeypatch.setattr(study, "measure", lambda way, name, seed, pictures: study.rows.update(
         {f"{way}/{name}/{seed}": {"all": 0.0}}))
-    monkeypatch.setattr(evaluate, "draw_taught", lambda folder, name: ())
+    monkeypatch.setattr(evaluate, "draw_taught", lambda folder, name: [])
     first, paper, *others = list(evaluate.ARMS)[:3]
     study.run(["rex"], 2, [first, paper])
     assert taught == [(first, "rex", 0), (paper, "rex", 0), (first, "rex", 1), (paper, "rex", 1)]

@@ -264,15 +264,15 @@ def subject_folder(name: str) -> Path:
 
 
 def measure(judge: Judge, similarity: Similarity, name: str, images: list[Image.Image],
-            class_images: list[Image.Image]) -> dict[str, float]:
+            class_images: list[Image.Image], placed: list[Image.Image]) -> dict[str, float]:
     """What the DreamBooth paper measures (arXiv 2208.12242, tables 1 and 3), of pictures of a subject, as many for each
-    of `study_prompts` in turn, and of pictures of plain class prompts.
+    of `study_prompts` in turn, of pictures of the plain class prompt, and of the class `placed` in every place.
 
     In percent: subject fidelity (noun, marking, colours, all; "likeness" is the paper's DINO score with the judge's
     features), prompt fidelity ("prompt": all that the prompt names besides the subject is there), both at once
-    ("recoloured": in another colour, it still has its kind of marking), and of the class images "drift" (those that
-    show the subject's colours), PRES (their likeness to the subject, less is better) and DIV (how far they are from one
-    another, more is better).
+    ("recoloured": in another colour, it still has its kind of marking), of the class images "drift" (those that show
+    the subject's colours), PRES (their likeness to the subject, less is better) and DIV (how far they are from one
+    another, more is better), and of the placed ones "drift in places".
     """
     subject, prompts = SUBJECTS[name], study_prompts(SUBJECTS[name])
     wanted = [values for _, values in prompts for _ in range(len(images) // len(prompts))]
@@ -286,22 +286,25 @@ def measure(judge: Judge, similarity: Similarity, name: str, images: list[Image.
         for i, values in enumerate(wanted)])
     own = [image for image, other in zip(images, recoloured) if not other]
     among = similarity(class_images, class_images)
+    drift, drift_in_places = (shows_subject(judge, similarity, pictures, subject)["colours"]
+                              for pictures in (class_images, placed))
     numbers = {key: value[~recoloured] for key, value in fidelity.items()} | {
         "likeness": similarity(own, photographs), "prompt": prompt_right, "recoloured": fidelity["marking"][recoloured],
-        "drift": shows_subject(judge, similarity, class_images, subject)["colours"],
-        "PRES": similarity(class_images, photographs), "DIV": 1 - among[~torch.eye(len(among), dtype=torch.bool)]}
+        "drift": drift, "drift in places": drift_in_places, "PRES": similarity(class_images, photographs),
+        "DIV": 1 - among[~torch.eye(len(among), dtype=torch.bool)]}
     return {key: 100 * value.float().mean().item() for key, value in numbers.items()}
 
 
-def draw_taught(folder: Path, name: str, lora: Path | None = None) -> tuple[list[Image.Image], list[Image.Image]]:
-    """What a model, or one and a LoRA file, that was taught a subject draws of it, and of its class."""
-    subject, sd = SUBJECTS[name], open_model(folder, lora)
-    prompts = [prompt for prompt, _ in study_prompts(subject) for _ in range(PER_PROMPT)]
-    return (draw(sd, prompts, None, f"{name}, {folder.name}"),
-            draw(sd, [class_prompt(subject.noun)] * CLASS_IMAGES, None, f"a {subject.noun}"))
+def draw_taught(folder: Path, name: str, lora: Path | None = None) -> list[list[Image.Image]]:
+    """What a model, or one and a LoRA file, that was taught a subject draws of it, of its class, and of that placed."""
+    noun, sd = SUBJECTS[name].noun, open_model(folder, lora)
+    prompts = [[prompt for prompt, _ in study_prompts(SUBJECTS[name]) for _ in range(PER_PROMPT)],
+               [class_prompt(noun)] * CLASS_IMAGES,
+               [f"{form}a {noun} {place}" for place in PLACES for form in ("", "a photo of ")]]
+    return [draw(sd, each, None, f"{name}, {each[0]}") for each in prompts]
 
 
-def draw_real(name: str) -> tuple[list[Image.Image], list[Image.Image]]:
+def draw_real(name: str) -> list[list[Image.Image]]:
     """What a perfect model would draw: the subject as each prompt wants it, and its class, by world.py itself."""
     subject, rng = SUBJECTS[name], np.random.default_rng(4)
     images = []
@@ -309,7 +312,9 @@ def draw_real(name: str) -> tuple[list[Image.Image], list[Image.Image]]:
         look = replace(subject.look, topper=wanted.get("topper", subject.look.topper),
                        main=COLORS[wanted["color"]] if "color" in wanted else subject.look.main)
         images.append(compose(subject.noun, look, wanted["place"], rng))
-    return images, [render(replace(sample_scene(rng), noun=subject.noun), rng) for _ in range(CLASS_IMAGES)]
+    others = [replace(sample_scene(rng), noun=subject.noun) for _ in range(CLASS_IMAGES)]
+    return [images, [render(scene, rng) for scene in others],
+            [render(replace(scene, place=place), rng) for scene, place in zip(others, PLACES)]]
 
 
 def run_script(script: str, *arguments: object) -> None:
@@ -354,9 +359,9 @@ class Study:
             first = end
         for name in names:
             if f"before/{name}/0" not in self.rows:
-                self.measure("before", name, 0, *draw_taught(self.weights, name))
+                self.measure("before", name, 0, draw_taught(self.weights, name))
             if f"world.py/{name}/0" not in self.rows:
-                self.measure("world.py", name, 0, *draw_real(name))
+                self.measure("world.py", name, 0, draw_real(name))
 
     def print(self) -> None:
         """Two tables of what there is: the means of each way, and how far it is from the recipe on the same subjects
@@ -405,14 +410,13 @@ class Study:
                        "--class-dir", class_dir, "--save-every", 0)
         lora = folder / LORA_FILE
         taught = (self.weights, name, lora) if lora.exists() else (folder / "model", name)
-        self.measure(way, name, seed, *draw_taught(*taught))
+        self.measure(way, name, seed, draw_taught(*taught))
         shutil.rmtree(folder)
 
-    def measure(self, way: str, name: str, seed: int, images: list[Image.Image],
-                class_images: list[Image.Image]) -> None:
-        """Measure pictures of a subject and of its class; keep the numbers, and the pictures on a sheet."""
-        grid([*images, *class_images], 10).save(self.out / f"{way}-{name}-{seed}.png".replace(" ", "-"))
-        self.rows[f"{way}/{name}/{seed}"] = measure(self.judge, self.similarity, name, images, class_images)
+    def measure(self, way: str, name: str, seed: int, pictures: list[list[Image.Image]]) -> None:
+        """Measure what a model draws of a subject and of its class; keep the numbers, and the pictures on a sheet."""
+        grid(sum(pictures, []), 10).save(self.out / f"{way}-{name}-{seed}.png".replace(" ", "-"))
+        self.rows[f"{way}/{name}/{seed}"] = measure(self.judge, self.similarity, name, *pictures)
         with written_whole(self.path) as temporary:
             write_json(temporary, self.kept)
 

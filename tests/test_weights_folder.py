@@ -254,7 +254,7 @@ def test_study_goes_on_and_compares_the_same_subjects_and_seeds(tmp_path, monkey
     study.run(["rex"], 2, [first, paper])
     assert taught == [(first, "rex", 0), (paper, "rex", 0), (first, "rex", 1), (paper, "rex", 1)]
     study.run(["rex"], 2, [first, paper, *others])
-    assert taught[4:] == [(others[0], "rex", 0), (others[0], "rex", 1)]
+    assert taught[4:] == [(others[0], "rex", 0)]
     study.print()
     printed = capsys.readouterr().out
     assert f"| {first} | 2 | 92 ± 2 |" in printed and f"| {paper} | 2 | -11 ± 1 |" in printed

@@ -2,8 +2,7 @@
 
     python weights/evaluate.py                # composition: 500 prompts, a third of them pairs it never saw
     python weights/evaluate.py --quick        # 100 of them
-    python weights/evaluate.py --dreambooth   # teach it six subjects in several ways and with three seeds: hours; the
-                                              # same command goes on with it
+    python weights/evaluate.py --dreambooth   # teach it six subjects in several ways: hours; the same command goes on
     python weights/evaluate.py --subject weights/subjects/rex --lora runs/rex/lora.safetensors    # the paper's table
 
 A judge (judge.py) looks at every picture; for the last table, which any Stable Diffusion can have, a CLIP. Tables are
@@ -71,7 +70,7 @@ ARMS = {  # in the order in which they are run: what matters most comes first
     "no prior loss": Arm(("--prior-weight", "0")), "UNet alone": Arm(("--freeze-text",)),
     "half the steps": Arm(("--steps", "60")), "twice the steps": Arm(("--steps", "240")),
 }
-TIERS = (2, 4, len(ARMS))  # so many arms get all of their seeds before the others begin
+COMPARED = 2  # so many arms, the first, are tried with every seed; the others, which say what does it, with one
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class Settings(Checked):
     guidance: float | None = option(None, "of the composition's pictures (default: the model's recipe)")
     quick: bool = option(False, "a fifth of the prompts; of the study two subjects, one seed and four ways")
     dreambooth: bool = option(False, "the study of DreamBooth instead of composition")
-    seeds: int = option(3, "of the study: with how many seeds each way is tried", least=1)
+    seeds: int = option(3, "of the study: with how many seeds the first two ways are tried", least=1)
     subject: str | None = option(None, "folder of the pictures that the model was taught: the paper's table, by CLIP")
     clip: str | None = option(None, "CLIP folder for --subject (default: that of the model in the box, for its world)")
 
@@ -348,15 +347,13 @@ class Study:
         self.rows: dict[str, dict[str, float]] = self.kept["rows"]  # "way/subject/seed" -> numbers
 
     def run(self, names: list[str], seeds: int, arms: list[str]) -> None:
-        """Teach each subject in each way with each seed, and measure; what an earlier call did is not done again."""
-        first = 0
-        for end in TIERS:
-            for seed in range(seeds):
-                for name in names:
-                    for arm in arms[first:end]:
-                        if f"{arm}/{name}/{seed}" not in self.rows:
-                            self.teach(arm, name, seed)
-            first = end
+        """Teach each subject in each way and measure; what an earlier call did is not done again."""
+        order = [(arms[:COMPARED], seed) for seed in range(seeds)] + [([arm], 0) for arm in arms[COMPARED:]]
+        for together, seed in order:
+            for name in names:
+                for arm in together:
+                    if f"{arm}/{name}/{seed}" not in self.rows:
+                        self.teach(arm, name, seed)
         for name in names:
             if f"before/{name}/0" not in self.rows:
                 self.measure("before", name, 0, draw_taught(self.weights, name))

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 from tinydb import cli
@@ -173,7 +173,7 @@ def recompute_activations(model: nn.Module) -> None:
     """Keep only the input of each block, and compute the rest again in the backward pass; gradients stay the same."""
     for block in model.modules():
         if isinstance(block, (ResnetBlock2D, Transformer2DModel, EncoderLayer)):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+            block.forward = partial(recompute, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
@@ -227,7 +227,7 @@ def load_checkpoint(folder: Path, model: DreamBoothLoss, optimizer: torch.optim.
 
 
 def start_processes(name: str) -> tuple[int, int, torch.device]:
-    """One process, or one per GPU: torchrun tells each of them which of how many it is, by the environment.
+    """Join the other processes where torchrun started several: the environment tells each its rank and their number.
 
     Returns rank, world size and device; `name` is the device from the command line.
     """
@@ -293,12 +293,13 @@ def main(settings: Settings) -> None:
     instance_images, remarks = read_pictures(Path(settings.images), sd.resolution)
     require(bool(instance_images), no_picture_in(settings.images, remarks))
     captions = read_captions(Path(settings.images), instance_images)
-    prior = ClassImages(sd, weights, settings.class_noun, settings.seed, settings.class_prompts, any(captions))
-    if settings.class_dir:
-        prior.bring(Path(settings.class_dir))
+    prior = ClassImages(sd, weights, settings.class_noun, settings.seed, settings.class_prompts, any(captions),
+                        settings.class_dir)
     prompts = [subject_prompts(captions, settings.identifier, settings.class_noun),
                prior.prompts(settings.class_images)]
-    remarks += prior.remarks + prompt_remarks(sd.tokenizer, prompts, settings.identifier)
+    remarks += prompt_remarks(sd.tokenizer, prompts, settings.identifier)
+    if settings.prior_weight > 0:
+        remarks += prior.remarks
 
     # OUT belongs to this run from here on. The first process claims it, the others wait for that.
     pictures = pictures_digest([*instance_images.values(), *prior.own], captions + prior.own_captions)
@@ -333,7 +334,8 @@ def main(settings: Settings) -> None:
         scaler.load_state_dict(state["scaler"])
 
     sd.info = replace(sd.info, identifier=settings.identifier, class_noun=settings.class_noun,
-                      base=sd.info.base or {"name": weights.resolve().name, "license": "that of this model"})
+                      base=sd.info.base or {"name": weights.resolve().name, "license": "that of this model"},
+                      step=state["step"])
     # `model` computes a step: `masters` itself or, with --offload, a low-precision copy of it on the device.
     model, offloaded = masters, []
     if settings.offload:
@@ -388,6 +390,7 @@ def main(settings: Settings) -> None:
 
         *losses, asked_to_stop = sums.tolist()  # here alone the CPU waits for the GPU: all of the step is in its queue
         state["step"] = done = step + 1
+        sd.info = replace(sd.info, step=done)
         check_finite(losses, scaler, done, settings.lr)
 
         if rank == 0:
@@ -402,7 +405,6 @@ def main(settings: Settings) -> None:
                 values |= scorer.note(state["scores"], done, run.preview(shown, scorer.prompts, done, autocast))
             run.log(done, values)
             if asked_to_stop or (due and settings.save_every > 0):  # last: what it refers to is there by now
-                sd.info = replace(sd.info, step=done)
                 state["scaler"] = scaler.state_dict()
                 save_checkpoint(run.checkpoint(done), sd, weights, masters, optimizer, state)
                 run.drop_checkpoints(settings.keep, scorer.best_step(state["scores"], run))
@@ -416,7 +418,6 @@ def main(settings: Settings) -> None:
         raise stop.stopped()
 
     if rank == 0:
-        sd.info = replace(sd.info, step=state["step"])
         with written_whole(run.result(settings)) as path:
             write_result(path, sd, weights, masters.lora)
         run.finish(settings, scorer.advice(state["scores"], run, LORA_FILE if masters.lora else ""))

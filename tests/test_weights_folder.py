@@ -139,7 +139,7 @@ def test_diffusers_opens_the_folder_and_draws_the_same_pictures(tiny: tinydb.Sta
     """As shipped, and as train.py writes it: its own fp32 weights beside the fp16 autoencoder it started from."""
     folder = ROOT / "weights" / "tiny"
     if taught:
-        tiny.save(tmp_path / "model", vae_from=folder)
+        tiny.write(tmp_path / "model", torch.float32, vae_from=folder)
         folder = tmp_path / "model"
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)

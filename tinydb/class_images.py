@@ -19,7 +19,7 @@ from tinydb.run import StopSignal
 from tinydb.storage import fingerprint, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 
-GROUP = 8  # pictures drawn together; fixed, since it decides their last bit
+GROUP = 8  # pictures drawn together; fixed, since another group size changes the last bits of a picture
 # What a key always tells of the schedule. A field that is added later, there or to the recipe, counts only if it
 # differs from its default: so older keys stay valid.
 KEY_FIELDS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
@@ -41,7 +41,7 @@ def plain_noun(noun: str, identifier: str) -> str:
 def is_picture(path: Path) -> bool:
     """Whether a file is there, and a whole picture."""
     try:
-        return path.exists() and open_picture(path) is not None
+        return open_picture(path) is not None
     except ValueError:
         return False
 
@@ -59,11 +59,10 @@ class ClassImages:
     """
 
     def __init__(self, sd: StableDiffusion, weights: Path, noun: str, seed: int, templates: str | None = None,
-                 captioned: bool = True):
+                 captioned: bool = True, own: str | None = None):
         self.sd, self.weights, self.seed = sd, weights, seed
-        self.remarks: list[str] = []
-        self.own: list[Image.Image] = []
-        self.own_captions: list[str] = []
+        pictures, self.remarks = read_pictures(Path(own), sd.resolution) if own else ({}, [])
+        self.own, self.own_captions = list(pictures.values()), read_captions(Path(own or ""), pictures)
         recipe, schedule = sd.info.recipe, sd.schedule.config
         self.plain = class_prompt(noun)
         varied = ()
@@ -84,12 +83,6 @@ class ClassImages:
                                      if f.name in KEY_FIELDS or getattr(schedule, f.name) != f.default}
         self.key = fingerprint(weights, json.dumps([prompts, sd.resolution, entries, recipe.class_steps,
                                                     recipe.class_guidance, seed, GROUP, *sampler]))
-
-    def bring(self, folder: Path) -> None:
-        """Take the pictures in a folder of yours; a remark on each file that cannot be used."""
-        pictures, remarks = read_pictures(folder, self.sd.resolution)
-        self.own, self.own_captions = list(pictures.values()), read_captions(folder, pictures)
-        self.remarks += remarks
 
     def prompt(self, i: int) -> str:
         """The prompt of picture i of those that are drawn; it does not depend on how many there are."""
@@ -138,9 +131,8 @@ class ClassImages:
                 about = describe(prompt, "", self.sd.identifier, Steps=recipe.class_steps,
                                  Sampler=SAMPLERS[recipe.class_sampler].name, Seed=seed,
                                  **{"CFG scale": recipe.class_guidance})
-                paths[i].parent.mkdir(parents=True, exist_ok=True)
-                paths[i].with_suffix(".txt").write_text(prompt + "\n", encoding="utf-8")
                 with written_whole(paths[i]) as temporary:
+                    paths[i].with_suffix(".txt").write_text(prompt + "\n", encoding="utf-8")
                     save_png(image, temporary, about)
             progress.update(len(group))
         progress.close()

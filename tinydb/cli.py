@@ -5,7 +5,7 @@
 | all went well                                                            |         0 |
 | what the user gave cannot be used, or not written where they say so      |         2 |
 | the user stopped it: Ctrl-C, or Stopped after work was saved             |       130 |
-| the memory, another process, or the disk in another place failed         |         1 |
+| memory ran out, another process died, or a disk failed elsewhere         |         1 |
 
 Each of the last three prints one line on stderr. A fault of this program shows its traceback.
 """
@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, TextIO, get_args, get_origin
+from typing import Any, TextIO, get_args
 
 import torch
 import torch.distributed as dist
@@ -76,38 +76,36 @@ def option(default: Any, help: str, **declared: Any) -> Any:
 class Parser(argparse.ArgumentParser):
     """A parser made from a dataclass of `option` fields, so that each default and each bound is written once."""
 
-    def __init__(self, settings: type, description: str | None):
+    def __init__(self, settings_class: type, description: str | None):
         super().__init__(description=description, allow_abbrev=False)
-        self.settings = settings
-        for f in fields(settings):
+        self.settings_class = settings_class
+        for f in fields(settings_class):
             arguments = {name: f.metadata[name] for name in ("help", "metavar", "nargs", "choices")
                          if name in f.metadata}
             types = get_args(f.type) if isinstance(f.type, UnionType) else (f.type,)
             if f.default is MISSING:
-                self.add_argument(f.name, **arguments, type=with_home)
+                self.add_argument(f.name, **arguments, type=os.path.expanduser)
                 continue
             if bool in types:
                 arguments["action"] = argparse.BooleanOptionalAction
             else:
-                is_size = any(get_origin(kind) is tuple for kind in types)
-                number = next((kind for kind in (int, float) if kind in types), None)
-                arguments["type"] = size if is_size else number or with_home
+                arguments["type"] = {str: os.path.expanduser, tuple[int, ...]: size}.get(types[0], types[0])
             if f.default not in (None, "", False):
                 arguments["help"] += " (default: %(default)s)"
             self.add_argument(label(f), dest=f.name, default=f.default, **arguments)
 
     def parse(self, argv: list[str], defaults: dict[str, Any] = {}) -> Any:
         """The settings that a command line gives; `defaults`, by field name, hold where it says nothing."""
-        positional = {f.name for f in fields(self.settings) if f.default is MISSING}
+        positional = {f.name for f in fields(self.settings_class) if f.default is MISSING}
         self.set_defaults(**{name: value for name, value in defaults.items() if name not in positional})
         namespace, unknown = self.parse_known_intermixed_args(argv)
         if unknown:
             word = unknown[0].partition("=")[0]
-            self.error(no_such_option(self.settings, word) if word.startswith("-") else
+            self.error(no_such_option(self.settings_class, word) if word.startswith("-") else
                        f"{word!r} is not an option or its value; --help lists the options")
         given = vars(namespace)
         given |= {name: defaults[name] for name in positional & defaults.keys() if not given[name]}
-        return self.settings(**given)
+        return self.settings_class(**given)
 
     def error(self, message: str):
         """argparse's own complaints are the user's mistakes too."""
@@ -139,21 +137,16 @@ def size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def with_home(text: str) -> str:
-    """The text, with the home folder for a leading ~/, which a shell leaves as it is between quotes or behind "="."""
-    return os.path.expanduser(text) if text.startswith("~/") else text
-
-
-def option_names(settings: type) -> dict[str, Field]:
+def option_names(settings_class: type) -> dict[str, Field]:
     """The options, by every name that they go by in a file: that of the flag, that of the field, an older one."""
-    named = {f.name: f for f in fields(settings)}
-    named |= {label(f).lstrip("-").replace("-", "_"): f for f in fields(settings)}
-    return named | {f.metadata["formerly"]: f for f in fields(settings) if "formerly" in f.metadata}
+    named = {f.name: f for f in fields(settings_class)}
+    named |= {label(f).lstrip("-").replace("-", "_"): f for f in fields(settings_class)}
+    return named | {f.metadata["formerly"]: f for f in fields(settings_class) if "formerly" in f.metadata}
 
 
-def no_such_option(settings: type, name: str) -> str:
+def no_such_option(settings_class: type, name: str) -> str:
     """What to say of an option that is not there: what it is called here, or which option has a similar name."""
-    named, wanted = option_names(settings), name.lstrip("-").replace("-", "_")
+    named, wanted = option_names(settings_class), name.lstrip("-").replace("-", "_")
     nearest = [ours for ours, others in ELSEWHERE.items() if ours in named and wanted in others.split()]
     nearest = nearest or difflib.get_close_matches(wanted, named, n=1)
     if not nearest:
@@ -163,15 +156,15 @@ def no_such_option(settings: type, name: str) -> str:
     return f"no option {name!r}; the nearest is {shown}: {f.metadata['help']}"
 
 
-def named_fields(settings: type, entries: dict[str, Any], source: str) -> dict[str, Any]:
+def named_fields(settings_class: type, entries: dict[str, Any], source: str) -> dict[str, Any]:
     """The entries of a file, by the names of the settings' fields; `source` is for the error."""
-    named = option_names(settings)
+    named = option_names(settings_class)
     for key in entries:
-        require(key in named, f"{source}: {no_such_option(settings, key)}")
+        require(key in named, f"{source}: {no_such_option(settings_class, key)}")
     return {named[key].name: value for key, value in entries.items()}
 
 
-def options_in_file(settings: type, path: str | None) -> dict[str, Any]:
+def options_in_file(settings_class: type, path: str | None) -> dict[str, Any]:
     """The options in a JSON file; none without a file. A run's config.json may be older than an option: `before`, which
     the option declares, is what the run did then."""
     if path is None:
@@ -179,8 +172,8 @@ def options_in_file(settings: type, path: str | None) -> dict[str, Any]:
     require(Path(path).is_file(), f"--config {path}: no such file")
     entries = read_json(Path(path))
     of_a_run = entries.pop("run", None) is not None
-    before = {f.name: f.metadata["before"] for f in fields(settings) if of_a_run and "before" in f.metadata}
-    return before | named_fields(settings, entries, path)
+    before = {f.name: f.metadata["before"] for f in fields(settings_class) if of_a_run and "before" in f.metadata}
+    return before | named_fields(settings_class, entries, path)
 
 
 def choose_device(name: str) -> torch.device:
@@ -232,7 +225,7 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        tqdm.write(f"no {name} this time: {error}", file=sys.stderr)
+        tqdm.write(readable(f"no {name} this time: {error}"), file=sys.stderr)
 
 
 def leave_processes() -> None:
@@ -246,15 +239,15 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return any(words in str(error) for words in ("out of memory", "allocate memory", "could not create a primitive"))
 
 
-def run(main: Callable[[Any], None], settings: type, doc: str | None, *, out_of_memory: str, after_failure: str = "",
-        defaults: Callable[[Any], dict[str, Any]] = lambda given: {}) -> None:
-    """Run a script: parse the command line into `settings`, call `main` with them, turn exceptions into exit codes.
+def run(main: Callable[[Any], None], settings_class: type, doc: str | None, *, out_of_memory: str,
+        after_failure: str = "", defaults: Callable[[Any], dict[str, Any]] = lambda given: {}) -> None:
+    """Run a script: parse the command line into settings, call `main` with them, turn exceptions into exit codes.
 
     `doc` is the script's docstring (None under -OO). `defaults(given)` are the options in a file that the command line
     names. `out_of_memory` and `after_failure` say what then helps.
     """
     sys.stdout, sys.stderr = SteadyStream(sys.stdout), SteadyStream(sys.stderr)
-    parser = Parser(settings, doc and doc.splitlines()[0])
+    parser = Parser(settings_class, doc and doc.splitlines()[0])
     try:
         given = parser.parse(sys.argv[1:])
         main(parser.parse(sys.argv[1:], defaults(given)))

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, get_args, get_origin
 
-LARGEST_NUMBER = 10**12  # of any setting; NaN is no number at all
+LARGEST_NUMBER = 10**12  # no setting may be larger; NaN fails this comparison too
 LONGEST_VALUE = 200  # characters of it in a message
 LARGEST_JSON = 100e6  # bytes; CLIP's tokenizer.json has 4e6
 
@@ -117,7 +117,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class PartConfig(Checked):
-    """One part's `config.json`: the fields that decide what is built, and those of which we build one value only."""
+    """One part's `config.json`: the fields that decide what is built, and the settings that may have one value only."""
 
     FIXED: ClassVar[dict[str, Any]] = {}  # key -> the one value that this code builds
     HEADER: ClassVar[dict[str, Any]] = {}  # written to the file besides the fields, for diffusers and transformers

@@ -217,17 +217,15 @@ class StableDiffusion:
         if about.get("class"):
             self.info = replace(self.info, identifier=about.get("identifier"), class_noun=about["class"])
 
-    def save(self, folder: str | Path, dtype: torch.dtype | None = torch.float32, vae_from: Path | None = None) -> None:
-        """Write the model folder, which diffusers opens as well; it appears whole or not at all.
-
-        `dtype` None leaves each tensor as it is. `vae_from` is a model folder to copy the VAE's weights from, as they
-        are there.
-        """
+    def save(self, folder: str | Path, dtype: torch.dtype | None = torch.float32) -> None:
+        """Write the model folder, which diffusers opens as well; it appears whole or not at all. `dtype` None leaves
+        each tensor as it is."""
         with written_whole(Path(folder)) as path:
-            self.write(path, dtype, vae_from)
+            self.write(path, dtype)
 
     def write(self, folder: Path, dtype: torch.dtype | None, vae_from: Path | None = None) -> None:
-        """Write the files of `save` into a folder, which is made where it is missing."""
+        """Write the files of `save` into a folder, which is made where it is missing; the VAE's weights as they are in
+        the model folder `vae_from`, where that is given."""
         self.save_settings(folder)
         for part in PARTS:
             path = folder / part / WEIGHT_FILES[part]

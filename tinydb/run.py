@@ -28,7 +28,7 @@ from tinydb.lora_files import LORA_FILE
 from tinydb.pictures import MOST_SHOWN, grid, save_png
 from tinydb.pipeline import StableDiffusion
 from tinydb.report import sample_command, write_report
-from tinydb.storage import check_free_disk, lock, remove, written_whole
+from tinydb.storage import check_free_disk, is_running, lock, remove, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 
 CAUSES = {  # what a fact stands for that a person can only see as a digest
@@ -78,15 +78,15 @@ def config_around(path: Path) -> dict[str, Any]:
     return {}
 
 
-def earlier_options(settings: type, given: Any) -> dict[str, Any]:
+def earlier_options(settings_class: type, given: Any) -> dict[str, Any]:
     """What holds where the command line says nothing: the options in the file of --config and, to go on with a run,
     those that it noted."""
-    in_file = options_in_file(settings, given.config)
+    in_file = options_in_file(settings_class, given.config)
     images, out = (str(getattr(given, name) or in_file.get(name) or "") for name in ("images", "out"))
     config = Path(out or usual_folder(images)) / "config.json"
-    if not given.resume or not config.exists():
+    if not (given.resume or in_file.get("resume")) or not config.exists():
         return in_file
-    noted = options_in_file(settings, str(config))
+    noted = options_in_file(settings_class, str(config))
     return {name: value for name, value in noted.items() if name not in ("out", "weights")} | in_file  # moved, maybe
 
 
@@ -94,7 +94,7 @@ class Run:
     """The folder of one run. Only the first process writes into it."""
 
     def __init__(self, out: Path):
-        self.out = Path(as_text(str(out)))  # safetensors writes to no other place
+        self.out = Path(as_text(str(out)))  # safetensors cannot write to a path that is not UTF-8
 
     def result(self, settings: Any) -> Path:
         """What the run makes in the end: a model folder, or low-rank updates."""
@@ -148,7 +148,7 @@ class Run:
         visible = [path for path in self.out.glob("*") if not path.name.startswith(".")]
         require(config.exists() or not visible,
                 f"{self.out} is not empty, and no run of this program; give another folder with --out")
-        self.lock = lock(self.out / ".lock", str(self.out))
+        self.lock = lock(self.out / ".lock")
         saved = self.checkpoints()
         if settings.resume:
             self.check_same(settings, facts, read_json(config))
@@ -164,15 +164,16 @@ class Run:
         with written_whole(config) as temporary:
             write_json(temporary, {**noted, "run": facts})
         for leftover in [*self.out.rglob(".*.tmp"), *self.out.rglob(".*.old")]:  # of a run that was killed
-            remove(leftover)
+            if leftover.suffix == ".old" or not is_running(leftover.name.split(".")[-2]):
+                remove(leftover)
 
-    def check_same(self, settings: Any, facts: dict[str, Any], before: dict[str, Any]) -> None:
-        """InputError that names the one setting or fact in which a resumed run differs from the one `before`. What an
+    def check_same(self, settings: Any, facts: dict[str, Any], noted: dict[str, Any]) -> None:
+        """InputError that names the one setting or fact in which a resumed run differs from what was `noted`. What an
         older run did not know of had its default, or what the field says was done `before`; a field with `free` changes
         no gradient, or a fact tells it."""
-        pairs = [(f.name, before.get(f.name, f.metadata.get("before", f.default)), getattr(settings, f.name))
+        pairs = [(f.name, noted.get(f.name, f.metadata.get("before", f.default)), getattr(settings, f.name))
                  for f in fields(settings) if f.metadata.get("noted", True) and not f.metadata.get("free")]
-        known = before.get("run")
+        known = noted.get("run")
         require(isinstance(known, dict), f"{self.out / 'config.json'}: damaged, without its run; give another --out")
         pairs += [(f"the run's {name}", known.get(name, value), value) for name, value in facts.items()]
         for name, then, now in pairs:
@@ -182,15 +183,16 @@ class Run:
     def check_disk(self, sd: StableDiffusion, settings: Any) -> None:
         """InputError where the disk cannot hold the checkpoints, each of them the weights and two moments of each in
         fp32, and the result."""
-        trained, vae = (4 * sum(p.numel() for part in parts for p in part.parameters())
-                        for parts in ((sd.unet, sd.text_encoder), (sd.vae,)))  # bytes
+        unet, text, vae = (4 * sum(p.numel() for p in part.parameters()) for part in (sd.unet, sd.text_encoder, sd.vae))
+        result, moments = unet + text + vae, 2 * (unet + (0 if settings.freeze_text else text))  # bytes
         if settings.lora:
-            trained, vae = 4 * updates_numel({"unet": sd.unet, "text_encoder": sd.text_encoder}, settings.lora,
-                                             settings.lora_conv), 0
+            parts = {"unet": sd.unet, "text_encoder": sd.text_encoder}
+            result = 4 * updates_numel(parts, settings.lora, settings.lora_conv)
+            moments = 2 * result
         due = math.ceil(settings.steps / settings.save_every) if settings.save_every else 0
         checkpoints = min(due + 1, settings.keep + 2)  # one for Ctrl-C; the best one, and one under way
         there = sum(file.stat().st_size for folder in self.checkpoints() for file in folder.rglob("*.safetensors"))
-        check_free_disk(self.out, (3 * trained + vae) * checkpoints + trained + vae - there,
+        check_free_disk(self.out, (result + moments) * checkpoints + result - there,
                         "use --keep 1, --save-every 0 or another --out")
 
     # ---------------------------------------------------------------------------------------- checkpoints
@@ -265,7 +267,7 @@ class Run:
 
     def preview(self, sd: StableDiffusion, prompts: list[str], step: int,
                 autocast: Callable[[], AbstractContextManager]) -> list[Image.Image]:
-        """A picture for each prompt, from the same noise each time, quickly drawn; none where that failed."""
+        """A picture for each prompt, from the same noise each time, quickly drawn; none where drawing failed."""
         images = []
         with extra("preview"):
             sd.vae.to(sd.device)
@@ -356,8 +358,7 @@ def memory_plan(sd: StableDiffusion, settings: Any, dtype: torch.dtype, world_si
     activations = kept / 8 if settings.recompute else kept
     # the backward pass frees activations as it makes gradients; those of an earlier micro-step, and DDP's buckets, stay
     at_once = sum if settings.accumulate > 1 or world_size > 1 else max
-    second_model = settings.frozen_prior and settings.prior_weight > 0 and not settings.lora
-    frozen = low if second_model else 0
+    frozen = low if settings.frozen_prior and settings.prior_weight > 0 and not settings.lora else 0
     in_all = weights + frozen + optimizer + at_once([gradients, copies + activations])
     sizes = {"weights": weights, "the model before training": frozen, "gradients": gradients, "optimizer": optimizer,
              "low-precision copies": copies, "activations": activations}

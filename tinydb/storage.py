@@ -157,7 +157,7 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         flush(path.parent)
     except (OSError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0]
         raise InputError(f"{path}: could not be written ({reason}); what was there before is whole") from None
     finally:
         remove(temporary)
@@ -176,9 +176,9 @@ def is_running(process: str) -> bool:
     return True
 
 
-def lock(path: Path, what: str) -> int:
-    """Hold a file's lock until this process ends, however it ends; InputError where another process holds it, which
-    says who and since when. `what` names what the lock stands for. Returns the file's descriptor, never to be closed.
+def lock(path: Path) -> int:
+    """Hold the lock of a folder's file until this process ends, however it ends; InputError where another process holds
+    it, which says who and since when. Returns the file's descriptor, never to be closed.
 
     The system takes the lock back, so there is no stale one. It is the process's own: forked helpers do not keep it.
     """
@@ -193,8 +193,8 @@ def lock(path: Path, what: str) -> int:
     except (BlockingIOError, PermissionError):
         holder = os.read(descriptor, 200).decode(errors="replace")
         os.close(descriptor)
-        raise InputError(f"{what} is in use by {holder or 'another process'}; wait until it ends, or give another "
-                         "--out") from None
+        raise InputError(f"{path.parent} is in use by {holder or 'another process'}; wait until it ends, or give "
+                         "another --out") from None
     except OSError:  # a file system without locks
         pass
     os.ftruncate(descriptor, 0)

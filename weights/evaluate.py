@@ -5,8 +5,8 @@
     python weights/evaluate.py --dreambooth   # teach it six subjects in several ways: hours; the same command goes on
     python weights/evaluate.py --subject weights/subjects/rex --lora runs/rex/lora.safetensors    # the paper's table
 
-A judge (judge.py) looks at every picture; for the last table, which any Stable Diffusion can have, a CLIP. Tables are
-printed as Markdown; OUT has the pictures.
+A judge (judge.py) looks at every picture. The last table needs a CLIP instead, and works for any Stable Diffusion.
+Tables are printed as Markdown; OUT has the pictures.
 """
 
 import json
@@ -34,7 +34,7 @@ from tinydb.data import read_pictures
 from tinydb.lora_files import LORA_FILE
 from tinydb.pictures import grid, to_pixels
 from tinydb.pipeline import StableDiffusion
-from tinydb.prompts import class_prompt
+from tinydb.prompts import NOUN, class_prompt, fill
 from tinydb.scores import NO_CLIP, TINY_NAME, choose_clip
 from tinydb.storage import fingerprint, written_whole
 from tinydb.tokenizer import PLACEHOLDER
@@ -64,13 +64,13 @@ ARMS = {  # in the order in which they are run: what matters most comes first
     "the paper": Arm(("--lora", "0", "--no-frozen-prior", "--lr-decay", "0"), captions=False, prior="plain"),
     "the model itself": Arm(("--lora", "0")),
     "diffusers (the paper)": Arm(captions=False, prior="plain", diffusers=True),
-    "prior of noise": Arm(("--no-frozen-prior",)), "no captions": Arm(captions=False),
+    "prior of noise": Arm(("--no-frozen-prior",)), "no captions": Arm(captions=False, prior="plain"),
     "plain prior": Arm(prior="plain"), "prior that names nothing asked": Arm(prior="unasked"),
     "constant rate": Arm(("--lr-decay", "0")), "diffusers, captions and varied prior": Arm(diffusers=True),
     "no prior loss": Arm(("--prior-weight", "0")), "UNet alone": Arm(("--freeze-text",)),
     "half the steps": Arm(("--steps", "60")), "twice the steps": Arm(("--steps", "240")),
 }
-COMPARED = 2  # so many arms, the first, are tried with every seed; the others, which say what does it, with one
+COMPARED = 2  # the first two arms are tried with every seed; the others, which show what each part does, with one
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def composition(settings: Settings, sd: StableDiffusion, judge: Judge, out: Path
 
 # The 25 prompts of the DreamBooth paper's data set (arXiv 2208.12242, supplementary material): of anything; of objects,
 # or of what is alive; and of anything again.
-SETTINGS = ("in the jungle", "in the snow", "on the beach", "on a cobblestone street", "on top of pink fabric",
+SURROUNDINGS = ("in the jungle", "in the snow", "on the beach", "on a cobblestone street", "on top of pink fabric",
             "on top of a wooden floor", "with a city in the background", "with a mountain in the background",
             "with a blue house in the background", "on top of a purple rug in a forest")
 OF_OBJECTS = ("with a wheat field in the background", "with a tree and autumn leaves in the background",
@@ -173,11 +173,11 @@ PAPER_PER_PROMPT = 4
 def paper_prompts(noun: str, in_the_box: bool) -> list[str]:
     """The paper's 25 prompts or, `in_the_box`, as many of the same kinds in the words of its world."""
     more = OF_LIVING if noun.split()[-1] in LIVING else OF_OBJECTS
-    settings, looks = [*SETTINGS, *more], LOOKS
+    surroundings, looks = [*SURROUNDINGS, *more], LOOKS
     if in_the_box:
-        settings, looks = [*PLACES, *(f"{place} wearing a red hat" for place in PLACES)], list(COLORS)[:5]
-    return [f"a {PLACEHOLDER} {noun} {setting}" for setting in settings] + [
-        f"{'an' if look == 'orange' else 'a'} {look} {PLACEHOLDER} {noun}" for look in looks]
+        surroundings, looks = [*PLACES, *(f"{place} wearing a red hat" for place in PLACES)], list(COLORS)[:5]
+    return [f"a {PLACEHOLDER} {noun} {surrounding}" for surrounding in surroundings] + [
+        fill(f"a {NOUN} {PLACEHOLDER} {noun}", look) for look in looks]
 
 
 def mean_of_pairs(features: Tensor) -> float:
@@ -197,7 +197,7 @@ def paper_table(settings: Settings, sd: StableDiffusion, out: Path) -> None:
     pictures = list(read_pictures(Path(settings.subject), sd.resolution)[0].values())
     require(len(pictures) > 1, f"--subject {settings.subject}: {len(pictures)} pictures in it, expected more")
     prompts = paper_prompts(noun, sd.info.base.get("name") == TINY_NAME)[:: 5 if settings.quick else 1]
-    images = draw(sd, [prompt for prompt in prompts for _ in range(PAPER_PER_PROMPT)], None, "25 prompts")
+    images = draw(sd, [prompt for prompt in prompts for _ in range(PAPER_PER_PROMPT)], None, f"{len(prompts)} prompts")
     class_images = draw(sd, [class_prompt(noun)] * CLASS_IMAGES, None, class_prompt(noun))
     grid(images, PAPER_PER_PROMPT).save(out / "prompts.png")
 
@@ -206,7 +206,7 @@ def paper_table(settings: Settings, sd: StableDiffusion, out: Path) -> None:
     numbers = torch.tensor([[(of_prompt @ subject.T).mean(), (of_prompt @ words).mean(), 1 - mean_of_pairs(of_prompt)]
                             for of_prompt, words in zip(features, text)])
     rows = dict(zip(prompts, numbers.tolist())) | {"mean": numbers.mean(0).tolist()}
-    print_table(f"{sd.info.class_noun}, {PAPER_PER_PROMPT} pictures a prompt", ["CLIP-I", "CLIP-T", "DIV"],
+    print_table(f"{noun}, {PAPER_PER_PROMPT} pictures a prompt", ["CLIP-I", "CLIP-T", "DIV"],
                 {name: [f"{value:.3f}" for value in values] for name, values in rows.items()})
     print(f"\nPRES {(clip.images(class_images) @ subject.T).mean():.3f} ({CLASS_IMAGES} pictures of "
           f"{class_prompt(noun)!r}); the subject's own pictures among themselves: CLIP-I {mean_of_pairs(subject):.3f}")
@@ -318,19 +318,16 @@ def draw_real(name: str) -> list[list[Image.Image]]:
 
 def run_script(script: str, *arguments: object) -> None:
     """Run a script as a user does. What it prints goes to stderr: stdout is for the tables."""
-    subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], check=True, stdout=sys.stderr)
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], stdout=sys.stderr)
+    require(done.returncode == 0, f"{script} ended with code {done.returncode}, see its own message")
 
 
 def unasked_prompts(subject: Subject) -> list[str]:
     """Class prompts as the recipe has them, but with no colour, no place and no hat that the study asks for."""
     asked = " ".join(f"{prompt} {' '.join(values.values())}" for prompt, values in study_prompts(subject))
-    colors = [color for color in COLORS if color not in asked]
-    places = subject.places
-    prompts = []
-    for i, color in enumerate(3 * colors):
-        form = "" if i % 2 == 0 else "a photo of "
-        prompts.append(f"{form}{phrase('{noun}', color)} {places[i % len(places)]}")
-    return prompts
+    colors = 3 * [color for color in COLORS if color not in asked]
+    return [f"{'a photo of ' if i % 2 else ''}{phrase('{noun}', color)} {subject.places[i % len(subject.places)]}"
+            for i, color in enumerate(colors)]
 
 
 class Study:
@@ -339,10 +336,10 @@ class Study:
 
     def __init__(self, weights: Path, out: Path, judge: Judge):
         self.weights, self.out, self.judge, self.similarity = weights, out, judge, similarity_to(judge)
-        self.recipe, self.path = ModelInfo.read(weights / "tinydb.json").recipe, out / "results.json"
-        model, recipe = fingerprint(weights), json.loads(json.dumps(asdict(self.recipe)))  # tuples as JSON has them
-        self.kept = read_json(self.path) if self.path.exists() else {"model": model, "recipe": recipe, "rows": {}}
-        require(self.kept["model"] == model and self.kept["recipe"] == recipe,
+        self.path, recipe = out / "results.json", asdict(ModelInfo.read(weights / "tinydb.json").recipe)
+        same = {"model": fingerprint(weights), "recipe": json.loads(json.dumps(recipe))}  # tuples as JSON has them
+        self.kept = same | {"rows": {}} | (read_json(self.path) if self.path.exists() else {})
+        require(same.items() <= self.kept.items(),
                 f"{self.path} has the results of another model or recipe; give another --out")
         self.rows: dict[str, dict[str, float]] = self.kept["rows"]  # "way/subject/seed" -> numbers
 
@@ -420,19 +417,17 @@ class Study:
 
 @torch.no_grad()
 def main(settings: Settings):
-    kind = "subject" if settings.subject else "dreambooth" if settings.dreambooth else "composition"
+    kind = "dreambooth" if settings.dreambooth else "subject" if settings.subject else "composition"
     out = Path(settings.out) / kind
     out.mkdir(parents=True, exist_ok=True)
     if settings.dreambooth:
         study, few = Study(Path(settings.weights), out, load_judge()), settings.quick
         study.run(list(SUBJECTS)[: 2 if few else None], 1 if few else settings.seeds, list(ARMS)[: 4 if few else None])
         study.print()
-        return
-    sd = open_model(settings.weights, settings.lora)
-    if settings.subject:
-        paper_table(settings, sd, out)
+    elif settings.subject:
+        paper_table(settings, open_model(settings.weights, settings.lora), out)
     else:
-        composition(settings, sd, load_judge(), out)
+        composition(settings, open_model(settings.weights, settings.lora), load_judge(), out)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from tinydb.diffusion import NoiseSchedule
 from tinydb.layers import ResnetBlock2D
 from tinydb.pictures import grid, to_images
 from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion
+from tinydb.scores import TINY_NAME
 from tinydb.storage import read_tensors, save_tensors, written_whole
 from tinydb.tokenizer import BOS, EOS, CLIPTokenizer
 from tinydb.unet import Transformer2DModel, UNet2DConditionModel
@@ -352,7 +353,7 @@ def main(settings: Settings):
             nn.init.zeros_(block.proj_out.weight)
     nn.init.zeros_(unet.conv_out.weight)
     sd = StableDiffusion(text_encoder, unet, vae, tokenizer, NoiseSchedule(SCHEDULE),
-                         ModelInfo(base={"name": "tinydb world model", "license": "MIT"}, recipe=RECIPE))
+                         ModelInfo(base={"name": TINY_NAME, "license": "MIT"}, recipe=RECIPE))
     train_text_to_image(settings, sd, pictures, scenes, out, device)
     sd.save(settings.result, torch.float16)
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from tinydb import cli
+from tinydb.class_images import plain_noun
 from tinydb.cli import choose_device, choose_dtype, option
 from tinydb.config import Checked, ModelInfo, Recipe, require, write_json
 from tinydb.data import read_pictures
@@ -67,10 +68,8 @@ def read_pixels(folder: Path, pipeline: StableDiffusionPipeline) -> tuple[Tensor
 
 def draw_class_images(pipeline: StableDiffusionPipeline, prompt: str, count: int) -> list[Image.Image]:
     """Class images with the pipeline's defaults: 50 steps, guidance 7.5."""
-    images = []
-    for first in range(0, count, CLASS_GROUP):
-        images += pipeline([prompt] * min(CLASS_GROUP, count - first)).images
-    return images
+    return [image for first in range(0, count, CLASS_GROUP)
+            for image in pipeline([prompt] * min(CLASS_GROUP, count - first)).images]
 
 
 def training_step(pipeline: StableDiffusionPipeline, prompts: list[list[str]], sets: list[Tensor], batch: int,
@@ -123,7 +122,8 @@ def main(settings: Settings) -> None:
     torch.manual_seed(settings.seed)
     weights, device = Path(settings.weights), choose_device(settings.device)
     dtype, info = choose_dtype("auto", device), ModelInfo.read(weights / "tinydb.json")
-    recipe, plain = info.recipe, class_prompt(settings.class_noun)
+    noun = plain_noun(settings.class_noun, DEFAULT_IDENTIFIER)
+    recipe, plain = info.recipe, class_prompt(noun)
     pipeline = load_pipeline(weights, device)
     instance_pixels, captions = read_pixels(Path(settings.images), pipeline)
     if settings.class_dir is None:
@@ -131,13 +131,13 @@ def main(settings: Settings) -> None:
         class_pixels, class_captions = to_pixels(drawn), len(drawn) * [""]
     else:
         class_pixels, class_captions = read_pixels(Path(settings.class_dir), pipeline)
-    prompts = [subject_prompts(captions, DEFAULT_IDENTIFIER, settings.class_noun),
+    prompts = [subject_prompts(captions, DEFAULT_IDENTIFIER, noun),
                [caption or plain for caption in class_captions]]
     step = training_step(pipeline, prompts, [instance_pixels, class_pixels], recipe.batch, recipe, dtype)
     for _ in tqdm(range(recipe.steps), "diffusers' training", unit="step"):
         step()
     pipeline.save_pretrained(settings.out)
-    info = replace(info, identifier=DEFAULT_IDENTIFIER, class_noun=settings.class_noun, step=recipe.steps)
+    info = replace(info, identifier=DEFAULT_IDENTIFIER, class_noun=noun, step=recipe.steps)
     write_json(Path(settings.out) / "tinydb.json", info.to_dict())  # the recipe to sample with
 
 

@@ -161,8 +161,7 @@ def single_file_names(part: str, model: nn.Module) -> dict[str, list[str]]:
     for our_name in model.state_dict():
         name = our_name
         for pattern, template in rows:
-            match = pattern.fullmatch(name)
-            if match:
+            if match := pattern.fullmatch(name):
                 places = match.groupdict()
                 if part != "text_encoder":
                     places |= ldm_numbers(config, int(places.get("i", 0)), int(places.get("j", 0)))
@@ -206,10 +205,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")  # it warns of pickles it then refuses
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # there is no end to what damaged pickles make the unpickler raise
-        # what PyTorch says around it advises to run the file
+        # only the core of PyTorch's message: the rest advises to load the file unsafely
         reason = "not a whole checkpoint: " + str(error).rpartition("Unpickler error: ")[2].partition("\n")[0]
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        if asked:
+        if asked := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"refused, it asks to run {asked[1]}"
         raise InputError(f"{path}: {reason}; get a .safetensors of this model, or download it again") from None
     for _ in range(3):  # trainers wrap the weights once or twice; a damaged file may wrap them without end
@@ -270,8 +268,8 @@ def check_finite(src: Path, part: str, model: nn.Module, half: bool) -> None:
 def read_folder(folder: Path) -> tuple[Description, dict[str, dict[str, Tensor]]]:
     """A diffusers folder of any age: its description, and its tensors by part."""
     folder = model_folder(folder)
-    require(not (folder / LORA_FILE).exists(), f"{folder}: a run that learnt a LoRA; give the model that it began with, "
-                                               f"and --lora {folder / LORA_FILE}")
+    require(not (folder / LORA_FILE).exists(),
+            f"{folder}: a run that learnt a LoRA; give the model that it began with, and --lora {folder / LORA_FILE}")
     index = next((folder / name for name in ("model_index.json", "config.json") if (folder / name).exists()), None)
     kind = read_json(index).get("_class_name") if index else "folder without model_index.json"
     require(kind == MODEL_INDEX["_class_name"], f"{folder}: a {kind}; expected a {MODEL_INDEX['_class_name']} (Stable "
@@ -386,7 +384,7 @@ def download(repo: str, files: list[str] | None = None) -> Path:
     some repositories hold the same weights five times. What is there already is not fetched again."""
     try:
         if files is None and constants.HF_HUB_OFFLINE:
-            files = ["model_index.json", "config.json"]  # and all that an earlier run has downloaded
+            files = ["model_index.json", "config.json"]  # and whatever else an earlier run downloaded
         elif files is None:
             files = needed_files(repo, [file.rfilename for file in model_info(repo).siblings])
             hf_hub_download(repo, files[0])  # a gated repository refuses here, before any progress bar
@@ -405,19 +403,19 @@ def download(repo: str, files: list[str] | None = None) -> Path:
 
 def needed_files(repo: str, present: list[str]) -> list[str]:
     """The files of a repository that are read: configs, tokenizer, one set of weights a part."""
-    if "model_index.json" not in present and "preprocessor_config.json" in present:  # a CLIP
-        return ["config.json", "preprocessor_config.json", "vocab.json", "merges.txt", "tokenizer*.json",
-                weight_file(repo, "clip", present)]
-    require("model_index.json" in present, f"{repo}: a hub repository without model_index.json, so no diffusers model; "
-                                           "download its checkpoint and convert that file")
+    is_clip = "model_index.json" not in present and "preprocessor_config.json" in present
+    require(is_clip or "model_index.json" in present, f"{repo}: a hub repository without model_index.json, so no "
+                                                      "diffusers model; download its checkpoint and convert that file")
     files = ["model_index.json", "tinydb.json", "tokenizer/*", "scheduler/*"]
-    for part in PARTS:
-        inside = [file.removeprefix(f"{part}/") for file in present if file.startswith(f"{part}/")]
-        name = weight_file(repo, part, inside)
-        files += [f"{part}/config.json", f"{part}/{name}"]
+    if is_clip:
+        files = ["preprocessor_config.json", "vocab.json", "merges.txt", "tokenizer*.json"]
+    for part in ["clip"] if is_clip else PARTS:
+        folder = "" if is_clip else f"{part}/"
+        name = weight_file(repo, part, [file.removeprefix(folder) for file in present if file.startswith(folder)])
+        files += [f"{folder}config.json", f"{folder}{name}"]
         if name.endswith(".json"):  # an index; its shards are named like it
             stem, suffix = name.split(".")[:2]
-            files.append(f"{part}/{stem}*-of-*.{suffix}")
+            files.append(f"{folder}{stem}*-of-*.{suffix}")
     return files
 
 

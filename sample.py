@@ -14,10 +14,12 @@
 [V] stands for the word under which train.py taught the subject. Prints the paths of the pictures on stdout.
 """
 
+import glob
+import itertools
 import json
 import os
 import re
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -32,12 +34,13 @@ from tinydb.config import InputError, ModelInfo, require
 from tinydb.data import read_pictures
 from tinydb.diffusion import SAMPLERS
 from tinydb.lora_files import LORA_FILE
-from tinydb.pictures import MOST_SHOWN, VISIBLE, describe, grid, open_picture, read_description, save_png
+from tinydb.pictures import (MOST_SHOWN, VISIBLE, describe, grid, no_picture_in, open_picture, read_description,
+                             save_png)
 from tinydb.pipeline import LAST_SEED, Sampling, StableDiffusion
 from tinydb.prompts import read_text
 from tinydb.run import config_around
 from tinydb.scores import NO_CLIP, Ranking, choose_clip, subject_pictures
-from tinydb.storage import existing_parent, model_folder, written_whole
+from tinydb.storage import existing_parent, model_folder
 from tinydb.tokenizer import PLACEHOLDER
 
 TINY = Path(__file__).parent / "weights" / "tiny"
@@ -145,39 +148,38 @@ def read_jobs(given: Settings) -> list[tuple[str, Settings]]:
     if given.prompts:
         jobs += [(line.prompt[0], line) for line in settings_in_lines(Path(given.prompts), given)]
     require(bool(jobs), 'a prompt is missing; expected one such as "[V] dog on the moon"')
+    outs = [settings.out for _, settings in jobs]
     for _, settings in jobs:
         require(settings.best is None or settings.best <= settings.count or settings.among,
                 f"--best {settings.best}: more than the {settings.count} pictures that are drawn; give a larger -n")
         require(settings.seed + settings.count - 1 <= LAST_SEED,  # picture i is drawn from seed + i
                 f"--seed {settings.seed} for -n {settings.count}: seeds end at {LAST_SEED}; give a smaller one")
-    files = [settings.out for _, settings in jobs if settings.out_is_file]
-    require(len(files) == len(set(files)),
-            f"--out {', '.join(files[:1])}: several prompts do not fit into one file; name a folder")
-    for out in {settings.out for _, settings in jobs}:
-        require(Path(out).suffix.lower() not in (".jpg", ".jpeg", ".webp"), f"--out {out}: pictures are PNG files, "
+        out, is_file = Path(settings.out), settings.out_is_file
+        require(not is_file or outs.count(settings.out) == 1,
+                f"--out {out}: several prompts do not fit into one file; name a folder")
+        require(out.suffix.lower() not in (".jpg", ".jpeg", ".webp"), f"--out {out}: pictures are PNG files, "
                 "which keep how they were made; expected a folder or a name.png")
-        home = existing_parent(Path(out).absolute().parent if out in files else Path(out))
+        home = existing_parent(out.absolute().parent if is_file else out)
         require(home.is_dir() and os.access(home, os.W_OK), f"--out {out}: {home} is no folder to write in")
-        require(out not in files or not Path(out).is_dir(), f"--out {out}: a folder; expected the name of a file")
+        require(not (is_file and out.is_dir()), f"--out {out}: a folder; expected the name of a file")
     return [(prompt.replace("[v]", PLACEHOLDER),
              replace(settings, negative=settings.negative.replace("[v]", PLACEHOLDER))) for prompt, settings in jobs]
 
 
 def newest_model() -> Path:
-    """The model folder, or the OUT of a run with --lora, that was finished last in runs/; else the embedded model."""
+    """The model folder, or the OUT of a run with --lora, that was finished last in runs/; else the model in the box."""
     finished = [*Path("runs").glob("*/model/model_index.json"), *Path("runs").glob(f"*/{LORA_FILE}")]
     return max(finished, key=lambda path: path.stat().st_mtime).parent if finished else TINY
 
 
 def with_model(settings: Settings, newest: Path) -> Settings:
     """The settings with the model that they mean. A run with --lora, or a checkpoint of one, stands for its LoRA file;
-    such a file without --weights belongs to the model that its run began with or, elsewhere, to the embedded one."""
-    weights = Path(settings.weights or newest)
-    lora = settings.lora or None
+    such a file without --weights belongs to the model that its run began with or, elsewhere, to the one in the box."""
+    weights, lora = Path(settings.weights or newest), settings.lora
     if (weights / LORA_FILE).exists() and (settings.weights or not lora):
         lora = ",".join(filter(None, [str(weights / LORA_FILE), lora]))
     elif settings.weights or not lora:
-        return replace(settings, weights=str(weights), lora=lora)
+        return replace(settings, weights=str(weights))
     base = config_around(Path(lora.split(",")[0])).get("weights", str(TINY))
     require(isinstance(base, str), f"{lora}: the config.json of its run names no weights; give --weights")
     return replace(settings, weights=base, lora=lora)
@@ -200,32 +202,28 @@ def advise(sd: StableDiffusion, weights: Path, prompt: str, negative: str) -> No
 # ---------------------------------------------------------------------------------------- drawing and saving
 
 
-def new_path(settings: Settings, name: str, i: int = 0) -> Path:
-    """Where picture `i` goes: --out where that is a file, else a file in that folder with the next free number.
+def new_path(settings: Settings, name: str, i: int | None = None) -> Path:
+    """Where picture `i`, or a sheet, goes: --out where that is a file, else a file there with the next free number.
 
     An empty file takes the number at once, so that two programs never write into one picture.
     """
     out = Path(settings.out)
     if settings.out_is_file:
-        return out if settings.count == 1 else out.with_name(f"{out.stem}-{i}.png")
+        return out if i is None or settings.count == 1 else out.with_name(f"{out.stem}-{i}.png")
     out.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"\W+", "-", name.replace(PLACEHOLDER, "V")).strip("-")[:60]
-    number = 1 + max((int(match[1]) for path in out.glob("*.png") if (match := re.match(r"(\d+)-", path.name))),
-                     default=-1)
-    while True:
-        try:
+    name = re.sub(r"\W+", "-", name).strip("-")[:60]
+    taken = [int(match[1]) for path in out.glob("*.png") if (match := re.match(r"(\d+)-", path.name))]
+    for number in itertools.count(1 + max(taken, default=-1)):
+        with suppress(FileExistsError):  # another program was faster
             path = out / f"{number:04d}-{name}.png"
             path.touch(exist_ok=False)
             return path
-        except FileExistsError:  # another program was faster
-            number += 1
 
 
 def save(image: Image.Image, path: Path, about: str, announced: bool = True) -> None:
     """Write a picture and print where it is; where that fails, no empty file is left."""
     try:
-        with written_whole(path) as temporary:
-            save_png(image, temporary, about)
+        save_png(image, path, about)
     except BaseException:  # Ctrl-C too
         if path.exists() and path.stat().st_size == 0:
             path.unlink()
@@ -237,12 +235,11 @@ def save(image: Image.Image, path: Path, about: str, announced: bool = True) -> 
 def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) -> list[Image.Image]:
     """Draw and save the pictures of one prompt; each is on the disk before the next ones are begun."""
     settings, out = sd.with_recipe(settings), Path(settings.out)
-    init, steps = None, settings.steps
-    if settings.init:
-        init, steps = picture_to_draw_over(sd, settings), settings.steps_over_picture
+    init = picture_to_draw_over(sd, settings) if settings.init else None
+    steps = settings.steps_over_picture if init else settings.steps
     sampling = {f.name: getattr(settings, f.name) for f in fields(Sampling)}
     preview = out.with_name(f"{out.stem}-preview.png") if settings.out_is_file else out / "preview.png"
-    images, paths, ranking = [], [], open_ranking(sd.info, weights, prompt, settings) if settings.best else None
+    paths, ranking = [], open_ranking(sd.info, weights, prompt, settings) if settings.best else None
     groups = [range(i, min(i + GROUP, settings.count)) for i in range(0, settings.count, GROUP)]
     with tqdm(total=steps * len(groups), desc="drawing", unit="step") as progress:
         for group in groups:
@@ -251,12 +248,11 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) ->
                 for latents, clean in sd.denoise([prompt] * len(group), init=init, **sampling):
                     progress.update()
                     if settings.preview and progress.n % settings.preview == 0:
-                        with extra("preview"), written_whole(preview) as temporary:
-                            save_png(grid(sd.decode(clean), len(group)), temporary, f"step {progress.n} of: {prompt}")
+                        with extra("preview"):
+                            save_png(grid(sd.decode(clean), len(group)), preview, f"step {progress.n} of: {prompt}")
             drawn = sd.decode(latents)
             scores = ranking.score(drawn) if ranking else [{}] * len(drawn)
             for i, image, score in zip(group, drawn, scores):
-                images.append(image)
                 paths.append(new_path(settings, prompt, i))
                 save(image, paths[-1], description(sd, weights, image, prompt, settings, settings.seed + i, score),
                      not ranking)
@@ -265,26 +261,27 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) ->
                     save(sheet, paths[-1].with_name(f"{paths[-1].stem}-attention.png"),
                          f"cross-attention of: {prompt}", not ranking)
     if ranking:
-        kept = keep_best(ranking, paths, settings.best)
-        images, paths = [images[i] for i in kept], [paths[i] for i in kept]
+        paths = keep_best(ranking, paths, settings.best)
+    images = [Image.open(path) for path in paths[:MOST_SHOWN]]  # from the disk: thousands would fill the memory
     if len(images) > 1:
-        shown = images[:MOST_SHOWN]
-        sheet = grid(shown, min(len(shown), 4), [prompt] + [""] * (len(shown) - 1))
+        sheet = grid(images, min(len(images), 4), [prompt] + [""] * (len(images) - 1))
         save(sheet, out if settings.out_is_file else paths[0].with_name(f"{paths[0].stem}-grid.png"),
-             f"{len(shown)} pictures of: {prompt}")
+             f"{len(images)} pictures of: {prompt}")
     return images
 
 
-def keep_best(ranking: Ranking, paths: list[Path], count: int) -> list[int]:
-    """Delete all but the best `count` pictures, and print those and their scores; which they are, best first."""
+def keep_best(ranking: Ranking, paths: list[Path], count: int) -> list[Path]:
+    """Delete all but the best `count` pictures; print those and their scores, and return them, best first."""
     order = ranking.best()
     for i in order[count:]:
         paths[i].unlink()
         paths[i].with_name(f"{paths[i].stem}-attention.png").unlink(missing_ok=True)
     for i in order[:count]:
         print(paths[i])
+        for sheet in paths[i].parent.glob(f"{glob.escape(paths[i].stem)}-attention.png"):
+            print(sheet)
         say(scores_text(ranking.scores[i]))
-    return order[:count]
+    return [paths[i] for i in order[:count]]
 
 
 def picture_to_draw_over(sd: StableDiffusion, settings: Settings) -> Image.Image:
@@ -331,8 +328,7 @@ def rank_folder(prompt: str, settings: Settings, weights: Path) -> None:
     """Print the pictures in the folder of --among and their scores, best first; the best come on a sheet."""
     ranking = open_ranking(ModelInfo.read(weights / "tinydb.json"), weights, prompt, settings)
     pictures, remarks = read_pictures(Path(settings.among), max(ranking.clip.side, VISIBLE))
-    require(bool(pictures),
-            f"--among {settings.among}: no picture in it; expected JPEG or PNG files. {'; '.join(remarks)}")
+    require(bool(pictures), no_picture_in("--among", settings.among, remarks))
     say(*remarks)
     names, images = list(pictures), list(pictures.values())
     ranking.score(images)
@@ -363,13 +359,14 @@ def main(given: Settings) -> None:
             subject = f"{PLACEHOLDER} is a {sd.info.class_noun}" if sd.info.class_noun else "not taught a subject yet"
             say(f"{' + '.join([str(weights), *loras])} on {device}, {subject}")
         advise(sd, weights, prompt, settings.negative)
-        rows.append(draw(sd, weights, prompt, settings))
-    shapes = {(len(row), image.size) for row in rows for image in row}
-    few = 1 < len(rows) <= SERIES and len(rows[0]) <= SERIES
-    if few and len(shapes) == 1 and not given.out_is_file:
-        captions = [caption for prompt, _ in jobs for caption in [prompt] + [""] * (len(rows[0]) - 1)]
-        sheet = grid([image for row in rows for image in row], len(rows[0]), captions)
-        save(sheet, new_path(jobs[0][1], "series"), " | ".join(prompt for prompt, _ in jobs))
+        row = draw(sd, weights, prompt, settings)
+        if len(jobs) <= SERIES:
+            rows.append((prompt, row))
+    shapes = {(len(row), image.size) for _, row in rows for image in row}
+    if len(rows) > 1 and len(shapes) == 1 and len(row) <= SERIES and not jobs[0][1].out_is_file:
+        captions = [caption for prompt, row in rows for caption in [prompt] + [""] * (len(row) - 1)]
+        sheet = grid([image for _, row in rows for image in row], len(row), captions)
+        save(sheet, new_path(jobs[0][1], "series"), " | ".join(prompt for prompt, _ in rows))
 
 
 if __name__ == "__main__":

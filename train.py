@@ -291,7 +291,7 @@ def main(settings: Settings) -> None:
 
     # Your pictures, and the prompts under which pictures are learnt.
     instance_images, remarks = read_pictures(Path(settings.images), sd.resolution)
-    require(bool(instance_images), no_picture_in(settings.images, remarks))
+    require(bool(instance_images), no_picture_in("--images", settings.images, remarks))
     captions = read_captions(Path(settings.images), instance_images)
     prior = ClassImages(sd, weights, settings.class_noun, settings.seed, settings.class_prompts, any(captions),
                         settings.class_dir)

@@ -87,7 +87,7 @@ def vae_config(*channels: int, **settings: Any) -> VAEConfig:
 
 @functools.cache
 def small(kind: str) -> Kind:
-    """Stable Diffusion 1 and 2 and the embedded model, with all that tells them apart but their size."""
+    """Stable Diffusion 1 and 2 and the model in the box, with all that tells them apart but their size."""
     cross, plain = "CrossAttnDownBlock2D", "DownBlock2D"
     up_cross, up_plain = "CrossAttnUpBlock2D", "UpBlock2D"
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

@@ -173,4 +173,4 @@ def test_what_is_fetched_of_a_clip_on_the_hub():
     present = ["config.json", "flax_model.msgpack", "merges.txt", "preprocessor_config.json", "pytorch_model.bin",
                "special_tokens_map.json", "tf_model.h5", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
     assert convert_weights.needed_files("openai/clip", present) == [
-        "config.json", "preprocessor_config.json", "vocab.json", "merges.txt", "tokenizer*.json", "pytorch_model.bin"]
+        "preprocessor_config.json", "vocab.json", "merges.txt", "tokenizer*.json", "config.json", "pytorch_model.bin"]

@@ -105,7 +105,7 @@ def test_round_trip(ours, tmp_path, half):
     assert_same(folder, convert(file, tmp_path / "back"))
 
 
-def test_round_trip_of_the_embedded_model(tmp_path):
+def test_round_trip_of_the_model_in_the_box(tmp_path):
     folder = convert(TINY, tmp_path / "folder")
     assert_same(folder, convert(convert(folder, tmp_path / "tiny.safetensors"), tmp_path / "back"))
 

@@ -195,6 +195,17 @@ def test_junk_is_skipped_with_one_line_each(tmp_path):
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_turned_picture_with_a_damaged_note_is_skipped(tmp_path):
+    """The note says that the picture lies on its side, and has a word where its width should stand."""
+    exif = Image.Exif()
+    exif[ORIENTATION], exif[0x010E] = 6, "abc"
+    Image.new("RGB", (32, 24)).save(tmp_path / "0.jpg", exif=exif)
+    content = (tmp_path / "0.jpg").read_bytes()
+    (tmp_path / "0.jpg").write_bytes(content.replace(b"\x01\x0e\x00\x02", b"\x01\x00\x00\x02"))
+    pictures, [remark] = read_pictures(tmp_path, 16)
+    assert not pictures and remark.startswith("0.jpg is skipped: damaged")
+
+
 def test_damaged_avif_is_skipped(tmp_path):
     """Pillow raises another kind of error for it."""
     picture().save(tmp_path / "a.avif")

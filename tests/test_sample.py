@@ -295,6 +295,24 @@ def test_series_has_the_same_noise_for_each_prompt(command, nano, tmp_path):
     assert seeds == ["0", "1", "0", "1"]
 
 
+def test_sheets_take_no_picture_and_no_prompt_of_another(command, nano, small_clip, photos, tmp_path):
+    """A file that a line names keeps its picture; a line that only ranks has no row on the sheet of the series."""
+    lines = ['{"prompt": "a dog", "out": "a.png", "n": 1}', '{"prompt": "a cat", "out": "b.png", "n": 1}']
+    (tmp_path / "files.jsonl").write_text("\n".join(lines))
+    given = ["--weights", str(nano), "--device", "cpu", "--guidance", "1", "--clip", str(small_clip)]
+    assert command("sample.py", "--prompts", "files.jsonl", *given)[1].split() == ["a.png", "b.png"]
+    assert Image.open(tmp_path / "a.png").size == Image.open(tmp_path / "b.png").size == (16, 16)
+
+    lines = [f'{{"prompt": "the dog", "among": "{photos}"}}', '{"prompt": "a dog"}', '{"prompt": "a cat"}']
+    (tmp_path / "mixed.jsonl").write_text("\n".join(lines))
+    code, out, error = command("sample.py", "--prompts", "mixed.jsonl", "-n", "1", *given)
+    assert code == 0, error
+    assert Image.open(tmp_path / out.split()[-1]).text["parameters"] == "a dog | a cat"
+
+    assert command("sample.py", "the dog", "--among", str(photos), "--out", "best.png", *given)[0] == 0
+    assert (tmp_path / "best.png").exists() and not (tmp_path / "best-0.png").exists()
+
+
 def test_lines_of_a_file_are_prompts_that_may_set_any_option(tmp_path):
     (tmp_path / "a.txt").write_text("a dog\n\na cat\n")
     jobs = read("a bird", "--prompts", str(tmp_path / "a.txt"), "--seed", "3")
@@ -443,7 +461,7 @@ def test_newest_finished_run_is_sampled(nano, tmp_path, monkeypatch):
     assert sample.newest_model() == Path("runs/a/model")
 
 
-def test_the_embedded_model_is_sampled_where_nothing_was_trained(tmp_path, monkeypatch):
+def test_the_model_in_the_box_is_sampled_where_nothing_was_trained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert sample.newest_model() == ROOT / "weights" / "tiny"
 

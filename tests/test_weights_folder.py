@@ -1,4 +1,4 @@
-"""The world, the recipe of the embedded model, and the model folder in the box."""
+"""The world, the recipe of the model in the box, and the model folder in the box."""
 
 import subprocess
 import sys

@@ -16,7 +16,7 @@ from tinydb.pictures import describe, save_png
 from tinydb.pipeline import DEFAULT_IDENTIFIER, LAST_SEED, StableDiffusion, load
 from tinydb.prompts import class_prompt, fill, read_captions, read_templates
 from tinydb.run import StopSignal
-from tinydb.storage import fingerprint, written_whole
+from tinydb.storage import fingerprint
 from tinydb.tokenizer import PLACEHOLDER
 
 GROUP = 8  # pictures drawn together; fixed, since another group size changes the last bits of a picture
@@ -131,9 +131,9 @@ class ClassImages:
                 about = describe(prompt, "", self.sd.identifier, Steps=recipe.class_steps,
                                  Sampler=SAMPLERS[recipe.class_sampler].name, Seed=seed,
                                  **{"CFG scale": recipe.class_guidance})
-                with written_whole(paths[i]) as temporary:
-                    paths[i].with_suffix(".txt").write_text(prompt + "\n", encoding="utf-8")
-                    save_png(image, temporary, about)
+                paths[i].parent.mkdir(parents=True, exist_ok=True)
+                paths[i].with_suffix(".txt").write_text(prompt + "\n", encoding="utf-8")
+                save_png(image, paths[i], about)
             progress.update(len(group))
         progress.close()
         if sd is not self.sd:

@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from tinydb.config import require
+from tinydb.storage import written_whole
 from tinydb.tokenizer import PLACEHOLDER
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")  # not EPS, whose content is a program that would run
@@ -46,8 +47,8 @@ def open_picture(path: Path) -> Image.Image:
         raise ValueError("a HEIC picture; convert it to JPEG first" if heic else "not a picture") from None
     except Image.DecompressionBombError as error:
         raise ValueError(str(error)) from None
-    except (OSError, SyntaxError, ValueError, RuntimeError) as error:
-        raise ValueError(f"damaged ({error})") from None  # whatever the decoder of its format raises
+    except Exception as error:  # whatever the decoder of its format raises
+        raise ValueError(f"damaged ({error})") from None
     finally:
         Image.MAX_IMAGE_PIXELS = usual
     if image.mode == "F" or image.mode.startswith("I"):
@@ -58,11 +59,11 @@ def open_picture(path: Path) -> Image.Image:
     return to_srgb(image.convert("RGB") if image.mode in ("1", "P") else image).convert("RGB")
 
 
-def no_picture_in(folder: str, remarks: list[str]) -> str:
+def no_picture_in(option: str, folder: str, remarks: list[str]) -> str:
     """What to say of a folder without one: why not, and in which folders inside to look."""
-    inside = [f"{path.name} is a folder: give --images {path}" for path in sorted(Path(folder).iterdir())
+    inside = [f"{path.name} is a folder: give {option} {path}" for path in sorted(Path(folder).iterdir())
               if path.is_dir()]
-    return f"--images {folder}: no picture in it; expected JPEG or PNG files. {'; '.join(inside + remarks)}"
+    return f"{option} {folder}: no picture in it; expected JPEG or PNG files. {'; '.join(inside + remarks)}"
 
 
 def to_grey(image: Image.Image) -> Image.Image:
@@ -145,9 +146,9 @@ def save_png(image: Image.Image, path: Path, parameters: str) -> None:
     """Write a PNG that says how it was made, in the text chunk that A1111 and its successors read."""
     text = PngInfo()
     parameters = parameters.encode(errors="backslashreplace").decode()  # a file's name may hold bytes that are no text
-    text.add_text("parameters", parameters)  # ComfyUI reads junk before an iTXt chunk, which this is not without need
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, "PNG", pnginfo=text)
+    text.add_text("parameters", parameters)  # a tEXt chunk wherever Latin-1 is enough: ComfyUI misreads iTXt
+    with written_whole(path) as temporary:
+        image.save(temporary, "PNG", pnginfo=text)
 
 
 def describe(prompt: str, negative: str, identifier: str, **settings: object) -> str:
@@ -158,20 +159,20 @@ def describe(prompt: str, negative: str, identifier: str, **settings: object) ->
     typed = {"Template": prompt, "Negative Template": negative}
     settings |= {name: text for name, text in typed.items() if PLACEHOLDER in text}
     prompt, negative = (text.replace(PLACEHOLDER, identifier) for text in (prompt, negative))
-    values = {name: str(value) for name, value in settings.items()}
-    quoted = {name: json.dumps(value, ensure_ascii=False) if re.search(r'[,:"\n]', value) else value
-              for name, value in values.items()}
-    return f"{prompt}\nNegative prompt: {negative}\n" + ", ".join(f"{name}: {quoted[name]}" for name in quoted)
+    texts = map(str, settings.values())
+    quoted = [json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n]', text) else text for text in texts]
+    return f"{prompt}\nNegative prompt: {negative}\n" + ", ".join(
+        f"{name}: {text}" for name, text in zip(settings, quoted))
 
 
 def read_description(image: Image.Image) -> tuple[str, str, dict[str, str]]:
-    """What `describe`, A1111 or ComfyUI wrote into a PNG: prompt, negative prompt, settings; ValueError where there is
+    """What `describe`, A1111 or Forge wrote into a PNG: prompt, negative prompt, settings; ValueError where there is
     nothing of it."""
     texts, found, settings_line = f"\n{image.info.get('parameters', '')}".rpartition("\nSteps:")
     if not found:
         raise ValueError("it does not say how it was made")
     settings = {name: json.loads(value) if value.startswith('"') else value.strip() for name, value in re.findall(
-        r'(\w[\w \-/]*):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)', "Steps:" + settings_line.partition("\n")[0])}
+        r'(\w[\w \-/]{0,99}):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)', "Steps:" + settings_line.partition("\n")[0])}
     prompt, _, negative = texts.partition("\nNegative prompt:")
     typed, typed_negative = settings.pop("Template", ""), settings.pop("Negative Template", "")
     return (typed if PLACEHOLDER in typed else prompt.removeprefix("\n"),

@@ -127,14 +127,14 @@ class StableDiffusion:
             start = end
         return [(word, tokens) for word, tokens in places if tokens.stop < self.tokenizer.max_length]
 
-    def initial_latents(self, generators: list[torch.Generator], size: tuple[int, int] | None = None) -> Tensor:
+    def initial_latents(self, generators: list[torch.Generator], size: tuple[int, ...] | None) -> Tensor:
         """Pure noise (B, C, height / factor, width / factor) for pictures of `size` (width, height), drawn on the
         CPU so that a seed means the same picture on every device."""
-        width, height = size or (self.resolution, self.resolution)
-        factor = self.vae.config.factor
-        require(width > 0 and height > 0 and width % factor == 0 and height % factor == 0,
-                f"size {width}x{height}: width and height must be positive multiples of {factor}")
-        shape = (self.unet.config.in_channels, height // factor, width // factor)
+        size, factor = size or (self.resolution, self.resolution), self.vae.config.factor
+        require(len(size) == 2 and all(side % factor == 0 for side in size),
+                f"size {'x'.join(map(str, size))}: expected width and height, multiples of {factor}")
+        width, height = (side // factor for side in size)
+        shape = (self.unet.config.in_channels, height, width)
         return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
     @torch.inference_mode()
@@ -225,7 +225,7 @@ class StableDiffusion:
 
     def write(self, folder: Path, dtype: torch.dtype | None, vae_from: Path | None = None) -> None:
         """Write the files of `save` into a folder, which is made where it is missing; the VAE's weights as they are in
-        the model folder `vae_from`, where that is given."""
+        the model folder `vae_from`, where one is given."""
         self.save_settings(folder)
         for part in PARTS:
             path = folder / part / WEIGHT_FILES[part]

@@ -51,8 +51,8 @@ dd { margin: 0; text-align: right; }
 def write_report(out: Path) -> None:
     """Write `out`/report.html from what a run has put into its folder `out` so far, finished or not.
 
-    The page tells no time, and where `out` is only if that is a relative path: the same run gives the same bytes.
-    InputError where `out` holds no run or cannot be written to.
+    The page holds no time of day, and names `out` only where that is a relative path: the same run gives the same
+    bytes. InputError where `out` holds no run or cannot be written to.
     """
     config, metrics = read_json(out / "config.json"), read_metrics(out / "metrics.jsonl")
     steps, done = config["steps"], metrics[-1]["step"] if metrics else 0
@@ -105,10 +105,11 @@ def sample_command(model: Path, class_noun: str) -> str:
 
 def command(out: Path, class_noun: str, result: Path, finished: bool) -> str:
     """How to sample from the result or, before there is one, from the newest checkpoint."""
-    checkpoints = sorted(path for path in (out / "checkpoints").glob("step-*") if path.name[5:].isdecimal())
+    checkpoints = sorted((path for path in (out / "checkpoints").glob("step-*") if path.name[5:].isdecimal()),
+                         key=lambda path: int(path.name[5:]))
     if not finished and not checkpoints:
         return '<p class="note">Nothing is saved yet.</p>'
-    path = result if finished else checkpoints[-1] / LORA_FILE if result.name == LORA_FILE else checkpoints[-1]
+    path = result if finished else checkpoints[-1] / (LORA_FILE if result.name == LORA_FILE else "")
     path = "OUT" / path.relative_to(out) if out.is_absolute() else path
     remark = '<p class="note">OUT is the folder of this page.</p>' if out.is_absolute() else ""
     return f"<code>{escape(sample_command(path, class_noun))}</code>{remark}"
@@ -153,15 +154,15 @@ def plot(title: str, metrics: list[dict[str, float]], steps: int) -> str:
             continue
         size = math.ceil(len(points) / POINTS)
         groups = [points[i : i + size] for i in range(0, len(points), size)]
-        each = [(group[-1][0], fmean(loss for _, loss in group)) for group in groups]
+        each = [(group[-1][0], fmean(value for _, value in group)) for group in groups]
         reach = len(each) // 20
-        mean = [(step, fmean(loss for _, loss in each[max(0, i - reach) : i + reach + 1]))
+        mean = [(step, fmean(value for _, value in each[max(0, i - reach) : i + reach + 1]))
                 for i, (step, _) in enumerate(each)]
         for kind, curve in (("each", each), ("mean", mean)):
-            line = " ".join(f"{step},{-loss:.4g}" for step, loss in curve)
+            line = " ".join(f"{step},{-value:.4g}" for step, value in curve)
             curves.append(f'<polyline class="{kind}" stroke="var(--{name})" points="{line}"/>')
         legend.append(f'<b style="color: var(--{name})">{name.replace("_", " ")} {mean[-1][1]:.3g}</b>')
-        top = max(top, 1.1 * max(loss for _, loss in mean))  # single steps may lie above
+        top = max(top, 1.1 * max(value for _, value in mean))  # single steps may lie above
     if not curves:
         return ""
     levels = [f'<text class="level" x="-40" y="{100 - 25 * i}%">{top * i / 4:.2g}</text>' for i in range(5)]

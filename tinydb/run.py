@@ -241,8 +241,7 @@ class Run:
         """Show what the model sees, and what it is told: is the subject in the middle, and whole?"""
         names, shown = list(pictures)[:MOST_SHOWN], list(pictures.values())[:MOST_SHOWN]
         text = "\n".join(f"{name}: {prompt}" for name, prompt in zip(names, prompts))
-        with written_whole(self.out / "inputs.png") as temporary:
-            save_png(grid(shown, min(len(shown), 5), prompts[: len(shown)]), temporary, text)
+        save_png(grid(shown, min(len(shown), 5), prompts[: len(shown)]), self.out / "inputs.png", text)
 
     def open_log(self, step: int, tracker: str | None, settings: Any) -> None:
         """Open metrics.jsonl to append to, cut back to what a checkpoint at `step` knows of, and the tracker."""
@@ -273,8 +272,7 @@ class Run:
             sd.vae.to(sd.device)
             with autocast():
                 images = sd.generate(prompts, steps=max(1, sd.info.recipe.sample_steps // 3), sampler="dpm")
-            with written_whole(self.out / "samples" / f"step-{step:06d}.png") as temporary:
-                save_png(grid(images, len(images)), temporary, " | ".join(prompts))
+            save_png(grid(images, len(images)), self.out / "samples" / f"step-{step:06d}.png", " | ".join(prompts))
         sd.vae.to("cpu")
         return images
 

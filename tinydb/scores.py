@@ -53,13 +53,12 @@ class CLIP:
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a folder that transformers' CLIPModel, CLIPTokenizer and CLIPImageProcessor open as well; `dtype` None
         leaves each tensor as it is."""
-        side = self.side
         with written_whole(Path(folder)) as path:
             self.tokenizer.save(path)
             write_json(path / "config.json", self.model.config.to_dict())
             write_json(path / "preprocessor_config.json", {
-                "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": side},
-                "resample": 3, "do_center_crop": True, "crop_size": {"height": side, "width": side},
+                "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": self.side},
+                "resample": 3, "do_center_crop": True, "crop_size": {"height": self.side, "width": self.side},
                 "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": MEAN,
                 "image_std": STD, "do_convert_rgb": True})
             save_tensors(self.model.state_dict(), path / "model.safetensors", dtype)
@@ -115,7 +114,7 @@ class Scorer:
 
     def note(self, scores: dict[str, Score], step: int, images: list[Image.Image]) -> Score:
         """Add to the scores of all steps the means of CLIP-I and CLIP-T (arXiv 2208.12242, section 4.3) over a step's
-        pictures, one for each of `prompts`, and return them. A red one shall not look like the subject's pictures, so
+        pictures, one for each of `prompts`, and return them. A red one should not look like the subject's pictures, so
         only its prompt counts; the last, of the class, is for the eye alone. Empty without a CLIP, or without pictures.
         """
         if self.clip is None or not images:
@@ -125,27 +124,23 @@ class Scorer:
                              "prompt": (features * self.text).sum(1).mean().item()}
         return scores[str(step)]
 
-    def merits(self, scores: dict[str, Score], run: Run) -> dict[int, float]:
-        """learnt + kept at the step of each of the run's checkpoints; empty where there is no choice:
+    def best_step(self, scores: dict[str, Score], run: Run) -> int | None:
+        """The step, of those of the run's checkpoints, with the most of learnt + kept, the last of equals; None where
+        there is no choice:
 
             learnt = 0 where pictures are as like the subject as those of step 0, 1 where as its pictures are alike
             kept   = 0 where pictures fit the prompts no better than the subject's own do, 1 at the best of all steps
 
         `scores` of all steps so far; those of step 0 are of the model before training.
         """
-        after = {int(step): score for step, score in scores.items()
-                 if step != "0" and run.checkpoint(int(step)).exists()}
+        after = {int(step): score for step, score in scores.items() if run.checkpoint(int(step)).exists()}
         if self.clip is None or "0" not in scores or len(after) < 2:
-            return {}
+            return None
         before, photographs = scores["0"]["likeness"], self.photographs
         best_prompt = max(score["prompt"] for score in scores.values())
-        return {step: fraction(score["likeness"], before, photographs["likeness"])
-                + fraction(score["prompt"], photographs["prompt"], best_prompt) for step, score in after.items()}
-
-    def best_step(self, scores: dict[str, Score], run: Run) -> int | None:
-        """The step whose merit is largest, the last of equals."""
-        merits = self.merits(scores, run)
-        return max(merits, key=lambda step: (merits[step], step), default=None)
+        merits = {step: fraction(score["likeness"], before, photographs["likeness"])
+                  + fraction(score["prompt"], photographs["prompt"], best_prompt) for step, score in after.items()}
+        return max(merits, key=lambda step: (merits[step], step))
 
     def advice(self, scores: dict[str, Score], run: Run, file: str) -> str:
         """What to say at the end of a run: the best step, where it is not the last, and how to sample it, by `file` in
@@ -168,7 +163,7 @@ class Ranking:
 
     def __init__(self, clip: CLIP, prompt: str, subject: list[Image.Image]):
         self.clip, self.text = clip, clip.text([prompt.replace(f"{PLACEHOLDER} ", "")])
-        self.subject = clip.images(subject) if subject and PLACEHOLDER in prompt else None
+        self.subject = clip.images(subject) if subject else None
         self.scores: list[dict[str, float]] = []  # of the pictures so far
 
     def score(self, images: list[Image.Image]) -> list[dict[str, float]]:

@@ -126,8 +126,8 @@ def check_tensors(tensors: dict[str, Tensor], shapes: dict[str, torch.Size], sou
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, dtype: torch.dtype | None = None, **metadata: str) -> None:
-    """Write tensors in row-major order, whatever their device and layout in memory, and `metadata` beside them: one
-    entry, since safetensors writes several in any order."""
+    """Write tensors in row-major order, whatever their device and layout in memory, and `metadata` beside them; of
+    several entries, the order in the file may vary."""
     contiguous = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
     path.touch()
     mode = path.stat().st_mode

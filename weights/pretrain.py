@@ -1,4 +1,4 @@
-"""Train the embedded model from nothing, on the world of world.py: first the autoencoder, then text encoder and UNet.
+"""Train the model in the box from nothing, on the world of world.py: first the autoencoder, then text encoder and UNet.
 
     python weights/pretrain.py                     # runs/pretrain, and at the end weights/tiny
     python weights/pretrain.py --images 99 --vae-steps 9 --vae-batch 4 --steps 9 --batch 4 --out runs/try \

@@ -1,4 +1,4 @@
-"""A small world of captioned cartoons: everything the embedded model knows.
+"""A small world of captioned cartoons: everything the model in the box knows.
 
 A scene is a noun in a colour, with a pattern, in a place, perhaps wearing a red hat:
 

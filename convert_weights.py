@@ -206,7 +206,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # there is no end to what damaged pickles make the unpickler raise
         # only the core of PyTorch's message: the rest advises to load the file unsafely
-        reason = "not a whole checkpoint: " + str(error).rpartition("Unpickler error: ")[2].partition("\n")[0]
+        detail = str(error).rpartition("Unpickler error: ")[2].partition("\n")[0]
+        reason = f"not a whole checkpoint ({detail or type(error).__name__})"
         if asked := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"refused, it asks to run {asked[1]}"
         raise InputError(f"{path}: {reason}; get a .safetensors of this model, or download it again") from None
@@ -428,7 +429,7 @@ class Settings(Checked):
     lora: str | None = cli.option(None, "a LoRA file to merge into the model", metavar="FILE")
     half: bool = cli.option(False, "write float16, half the size, for sharing")
     tokenizer: str | None = cli.option(None, "a folder with CLIP's vocab.json and merges.txt")
-    prediction: str | None = cli.option(None, "what the UNet predicts, where you know better",
+    prediction: str | None = cli.option(None, "what the UNet predicts, where it is guessed wrong",
                                         choices=("epsilon", "v_prediction"))
 
 

@@ -38,7 +38,7 @@ from tinydb.pictures import (MOST_SHOWN, VISIBLE, describe, grid, no_picture_in,
                              save_png)
 from tinydb.pipeline import LAST_SEED, Sampling, StableDiffusion
 from tinydb.prompts import read_text
-from tinydb.run import config_around
+from tinydb.run import config_around, latest_state
 from tinydb.scores import NO_CLIP, Ranking, choose_clip, subject_pictures
 from tinydb.storage import existing_parent, model_folder
 from tinydb.tokenizer import PLACEHOLDER
@@ -55,14 +55,14 @@ class Settings(Sampling):
 
     prompt: list[str] = option(MISSING, "what to draw, one prompt or several; [V] is the subject that train.py taught",
                                nargs="*")
-    prompts: str | None = option(None, "file with a prompt a line; in a .jsonl file, an object a line with any option")
-    source: str | None = option(None, "picture to draw again, by what it says about itself; the command line overrides "
-                                      "it", flag="--from", metavar="PICTURE")
+    prompts: str | None = option(None, "file with a prompt on each line; in a .jsonl file, an object with any options")
+    source: str | None = option(None, "PNG of sample.py or A1111 to draw again with its own options, except those that "
+                                      "are given here", flag="--from", metavar="PICTURE")
     weights: str | None = option(None, "model folder, or the OUT of a run (default: the newest in runs/, else "
                                        "weights/tiny)", described="Model")
     lora: str | None = option(None, "LoRA file to add to the model, or several, with commas between", metavar="FILE",
                               described="Lora")
-    lora_scale: float = option(1.0, "how much of it to add", described="Lora scale")
+    lora_scale: float = option(1.0, "how much of each to add", described="Lora scale")
     count: int = option(4, "pictures of each prompt", flag="-n", metavar="N", least=1, most=10**4)
     init: str | None = option(None, "picture to draw over", metavar="PICTURE", described="Init")
     preview: int = option(0, "redraw preview.png every N steps, to watch (0: never)", metavar="N", least=0)
@@ -70,7 +70,8 @@ class Settings(Sampling):
                               metavar="N", least=1)
     among: str | None = option(None, "draw nothing; rank the pictures in a folder by how well they fit, by CLIP",
                                metavar="DIR")
-    clip: str | None = option(None, "CLIP folder for these two (default: that of the model in the box, for its world)")
+    clip: str | None = option(None, "CLIP folder for --best and --among (default: weights/tiny-clip for the model in "
+                                    "the box)")
     attention: bool = option(False, "also show where in the picture each word of the prompt is looked at")
     out: str = option("samples", "folder for the pictures, or the name of a .png")
     device: str = option("auto", "cpu, cuda, mps, ... or auto")
@@ -122,7 +123,7 @@ def settings_in_lines(path: Path, given: Settings) -> list[Settings]:
     require(path.suffix != ".json", f"--prompts {path}: expected a prompt a line or, in a .jsonl, an object a line")
     jobs = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
+        if not line.strip() or line.startswith("#"):
             continue
         source = f"--prompts {path}, line {number}"
         try:
@@ -175,7 +176,7 @@ def newest_model() -> Path:
 def with_model(settings: Settings, newest: Path) -> Settings:
     """The settings with the model that they mean. A run with --lora, or a checkpoint of one, stands for its LoRA file;
     such a file without --weights belongs to the model that its run began with or, elsewhere, to the one in the box."""
-    weights, lora = Path(settings.weights or newest), settings.lora
+    weights, lora = latest_state(Path(settings.weights or newest)), settings.lora
     if (weights / LORA_FILE).exists() and (settings.weights or not lora):
         lora = ",".join(filter(None, [str(weights / LORA_FILE), lora]))
     elif settings.weights or not lora:
@@ -189,11 +190,11 @@ def advise(sd: StableDiffusion, weights: Path, prompt: str, negative: str) -> No
     """Say on stderr what of a prompt will not do what its writer hopes."""
     noun = sd.info.class_noun
     if PLACEHOLDER in prompt and noun is None:
-        say(f"{weights} does not say what {PLACEHOLDER} is, which is read as {sd.identifier!r}; teach it with "
-            "train.py first, or bring the tinydb.json that another program left out")
+        say(f"{weights} was taught no subject, so {PLACEHOLDER}, read as {sd.identifier!r}, means nothing to it; teach "
+            "it with train.py first, or bring back its tinydb.json")
     written_out = prompt.replace(PLACEHOLDER, sd.identifier).lower()
     if noun and (sd.identifier.lower() not in written_out or noun.lower() not in written_out):
-        say(f'this prompt does not ask for your {noun}, which is "{PLACEHOLDER} {noun}"')
+        say(f'"{prompt}" does not ask for your {noun}; write {PLACEHOLDER} {noun} for it')
     for text in (prompt, negative):
         if dropped := sd.tokenizer.dropped(text.replace(PLACEHOLDER, sd.identifier)):
             say(f"the prompt is too long for the text encoder, which will not see: {dropped!r}")
@@ -337,7 +338,6 @@ def rank_folder(prompt: str, settings: Settings, weights: Path) -> None:
         print(Path(settings.among) / names[i], scores_text(ranking.scores[i]), sep="\t")
     shown = order[: settings.best or 8]
     captions = [scores_text(ranking.scores[i]) for i in shown]
-    captions[0] = f"{prompt}: {captions[0]}"
     save(grid([images[i] for i in shown], min(len(shown), 4), captions), new_path(settings, f"best of {prompt}"),
          f"the best of {settings.among} for: {prompt}")
 

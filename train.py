@@ -10,7 +10,8 @@ images: pictures of "a photo of a dog" that the model drew before training, and 
 
     loss = |prediction - target|^2 over instance pictures + prior_weight * the same over class images
 
-A step of training is `DreamBoothLoss` and the loop in `main`. tinydb/run.py lists what a run writes into OUT.
+A step of training is `DreamBoothLoss` and the loop in `main`. tinydb/run.py lists what a run writes into OUT. The recipe,
+from which most defaults come, is in the model's tinydb.json.
 """
 
 import copy
@@ -65,7 +66,7 @@ class Settings(Checked):
     out: str | None = option(None, "folder to write (default: runs/<name of IMAGES>)", free=True)
     identifier: str = option(DEFAULT_IDENTIFIER, "the word that will name your subject; a rare one without a meaning")
     steps: int | None = option(None, "training steps (default: the model's recipe)", least=1, free=True)
-    batch: int | None = option(None, "pictures of your subject a micro-step (default: recipe)", least=1, most=10**4)
+    batch: int | None = option(None, "pictures of your subject at once (default: recipe)", least=1, most=10**4)
     accumulate: int = option(1, "micro-steps per step: a larger batch in the same memory", least=1, most=10**4)
     freeze_text: bool = option(False, "train the UNet alone: less memory, a little less likeness")
     lora: int | None = option(None, "rank of low-rank updates, learnt beside a model that stays as it is; 0 trains the "
@@ -73,8 +74,8 @@ class Settings(Checked):
     lora_conv: bool | None = option(None, "with --lora, of convolutions as well (default: recipe)", before=False)
     lr: float | None = option(None, "learning rate (default: recipe)", above=0)
     lr_text: float | None = option(None, "that of the text encoder (default: recipe, scaled as --lr is)", above=0)
-    lr_decay: float | None = option(None, "last part of the steps, over which the rates fall to 0; 0 is none, 0.5 half "
-                                          "of them (default: recipe)", least=0, most=1, before=0.0)
+    lr_decay: float | None = option(None, "share of the steps, at the end, over which the rates fall to 0; with 0 they "
+                                          "stay constant (default: recipe)", least=0, most=1, before=0.0)
     prior_weight: float = option(1.0, "weight of the class images' loss; 0 trains without them", least=0)
     class_images: int | None = option(None, "class images to train with (default: recipe)", least=1, most=10**5,
                                       cure="; --prior-weight 0 does without them")
@@ -93,7 +94,7 @@ class Settings(Checked):
     save_every: int | None = option(None, "steps between checkpoints; 0 is never (default: recipe)", least=0, free=True)
     sample_every: int = option(0, "steps between more previews; 0 is never", least=0, free=True)
     clip: str | None = option(None, "CLIP folder that scores each checkpoint, to see when to stop (default: "
-                                    "weights/tiny-clip for what the model in the box draws)")
+                                    "weights/tiny-clip for the model in the box, else none)")
     keep: int = option(2, "checkpoints to keep, besides the best one", least=1, free=True)
     resume: bool = option(False, "continue the run in OUT from its newest checkpoint", noted=False)
     log: str | None = option(None, "also log to tensorboard or wandb", choices=("tensorboard", "wandb"), free=True)
@@ -298,8 +299,6 @@ def main(settings: Settings) -> None:
     prompts = [subject_prompts(captions, settings.identifier, settings.class_noun),
                prior.prompts(settings.class_images)]
     remarks += prompt_remarks(sd.tokenizer, prompts, settings.identifier)
-    if settings.prior_weight > 0:
-        remarks += prior.remarks
 
     # OUT belongs to this run from here on. The first process claims it, the others wait for that.
     pictures = pictures_digest([*instance_images.values(), *prior.own], captions + prior.own_captions)
@@ -415,7 +414,7 @@ def main(settings: Settings) -> None:
     if world_size > 1:
         dist.barrier()  # nobody leaves, and has torchrun end the others, while rank 0 writes
     if state["step"] < settings.steps:
-        raise stop.stopped()
+        raise stop.stopped(f"; sample.py --weights {run.out} draws with what it knows by now")
 
     if rank == 0:
         with written_whole(run.result(settings)) as path:

@@ -25,11 +25,11 @@ def assert_refused(folder: Path, *words: str) -> None:
 
 
 def test_no_such_folder(tmp_path):
-    assert_refused(tmp_path / "nowhere", "nowhere: no such folder", "model folder")
+    assert_refused(tmp_path / "nowhere", "nowhere: not a folder", "convert_weights.py")
 
 
 def test_a_file_is_no_folder(folder):
-    assert_refused(folder / "model_index.json", "model_index.json: no such folder")
+    assert_refused(folder / "model_index.json", "model_index.json: not a folder")
 
 
 def test_folder_that_is_not_a_model(tmp_path):

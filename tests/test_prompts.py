@@ -161,7 +161,7 @@ def test_plain_prior_is_the_papers(varied, nano):
 
 
 @pytest.mark.parametrize("content, words", [
-    (None, ["a.txt", "No such file"]), (b"", ["a.txt", "no class prompt"]), (b"# only this\n", ["no class prompt"]),
+    (None, ["a.txt", "no such file"]), (b"", ["a.txt", "no class prompt"]), (b"# only this\n", ["no class prompt"]),
     (b"a red dog\n", ["'a red dog'", "{noun}"]), (b"\xff\xfe", ["a.txt", "UTF-8"]),
 ])
 def test_file_of_class_prompts_that_cannot_be_used(tmp_path, content, words):

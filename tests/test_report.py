@@ -135,7 +135,7 @@ def test_curves_of_a_long_run_are_short(run):
 
 
 def test_without_class_pictures(run):
-    page = report(run([{"step": 1, "instance_loss": 0.3}], []))
+    page = report(run([{"step": 1, "instance_loss": 0.3}, {"step": 2, "instance_loss": 0.2}], []))
     assert {line["stroke"] for line in page.all("polyline")} == {"var(--instance_loss)"}
 
 

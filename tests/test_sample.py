@@ -111,7 +111,7 @@ def test_pictures_of_a_folder_are_ranked(draw, nano, small_clip, photos, tmp_pat
     (["--best", "2", "--clip", "nothing"], "nothing: no such folder; expected a CLIP"),
     (["--best", "2", "--clip", "empty"], "config.json: no such file"),
     (["--among", "empty", "--clip", "CLIP"], "--among empty: no picture in it"),
-    (["--among", "nothing", "--clip", "CLIP"], "nothing: no such folder; expected one with pictures in it"),
+    (["--among", "nothing", "--clip", "CLIP"], "nothing: not a folder; expected one with pictures in it"),
     (["--among", "empty"], "no --clip"),
 ], ids=str)
 def test_what_cannot_be_ranked_is_refused(command, nano, small_clip, tmp_path, arguments, words):
@@ -332,7 +332,7 @@ def test_file_of_prompts_from_other_programs(tmp_path):
 
 
 @pytest.mark.parametrize("name, text, words", [
-    ("a.txt", "", ["a.txt: empty"]), ("none.txt", None, ["none.txt", "not readable"]),
+    ("a.txt", "", ["a.txt: empty"]), ("none.txt", None, ["none.txt", "no such file"]),
     ("a.jsonl", '{"prompt": "a dog", "sede": 4}', ["'sede'", "--seed"]),
     ("a.jsonl", '{"prompt": "a dog"}\na dog', ["line 2", "not readable"]),
     ("a.jsonl", '{"from": "a.png", "prompt": "a dog"}', ["line 1", "from"]),
@@ -461,6 +461,13 @@ def test_newest_finished_run_is_sampled(nano, tmp_path, monkeypatch):
     assert sample.newest_model() == Path("runs/a/model")
 
 
+def test_run_that_was_stopped_stands_for_its_newest_checkpoint(draw, nano, tmp_path):
+    for step in (2, 10):
+        taught(tmp_path / "run" / "checkpoints" / f"step-{step:06d}", nano, step=step)
+    [picture] = draw("[V] dog", weights=str(tmp_path / "run")).values()
+    assert "step-000010" in picture.text["parameters"]
+
+
 def test_the_model_in_the_box_is_sampled_where_nothing_was_trained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert sample.newest_model() == ROOT / "weights" / "tiny"
@@ -478,9 +485,9 @@ def test_says_which_model_and_what_it_was_taught(draw, nano, tmp_path, capsys):
 
 def test_warns_where_no_subject_was_taught(draw, nano, capsys):
     draw("[V] dog")
-    assert f"{nano} does not say what [V] is, which is read as 'ohwx'" in capsys.readouterr().err
+    assert f"{nano} was taught no subject, so [V], read as 'ohwx', means nothing to it" in capsys.readouterr().err
     draw("a dog")
-    assert "does not say" not in capsys.readouterr().err
+    assert "means nothing" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("prompt, shows", [
@@ -489,7 +496,7 @@ def test_warns_where_no_subject_was_taught(draw, nano, capsys):
 ])
 def test_hints_at_the_words_that_show_the_subject(draw, nano, tmp_path, capsys, prompt, shows):
     draw(prompt, weights=str(taught(tmp_path / "taught", nano, identifier="ohwx")))
-    hinted = 'this prompt does not ask for your dog, which is "[V] dog"' in capsys.readouterr().err
+    hinted = f'"{prompt.replace("[v]", "[V]")}" does not ask for your dog; write [V] dog for it' in capsys.readouterr().err
     assert hinted == (not shows)
 
 
@@ -593,7 +600,7 @@ def test_a_preview_that_fails_does_not_end_the_drawing(draw, monkeypatch):
     (["--init", "file"], ["--init file", "not a picture"]),
     (["--size", "16"], ["--size", "'16'", "WIDTHxHEIGHT"]), (["--size", "15x16"], ["15x16", "multiples of 2"]),
     (["--size", "0x16"], ["--size", "1 or more"]), (["--device", "tpu9"], ["tpu9", "--device cpu"]),
-    (["--weights", "nowhere"], ["nowhere: no such folder"]), (["--weights", "."], ["model_index.json"]),
+    (["--weights", "nowhere"], ["nowhere: not a folder"]), (["--weights", "."], ["model_index.json"]),
     (["--precision", "fp8"], ["--precision", "fp8", "bf16"]), (["--out", "cat.jpg"], ["cat.jpg", "PNG"]),
     (["--out", "file"], ["--out file", "folder"]), (["--out", "file/in"], ["--out file/in"]),
     (["--out", "file/in.png"], ["--out file/in.png"]), (["--out", "folder.png"], ["--out folder.png"]),

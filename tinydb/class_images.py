@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from tinydb.cli import say
 from tinydb.config import Recipe, require
 from tinydb.data import fit, open_picture, read_pictures
 from tinydb.diffusion import SAMPLERS
@@ -33,8 +34,8 @@ def plain_noun(noun: str, identifier: str) -> str:
             f"--identifier {identifier!r}: expected a rare word, such as {DEFAULT_IDENTIFIER}")
     noun = re.sub(r"((an?|the|my|(photo|picture|image) of) )*", "", " ".join(noun.split()), count=1, flags=re.I)
     subject = {PLACEHOLDER.lower(), DEFAULT_IDENTIFIER, "sks", *identifier.lower().split()} & set(noun.lower().split())
-    require(not subject, f"--class {noun!r} and --identifier {identifier!r}: {', '.join(subject)} is no word for the "
-                         "class; expected the class alone, such as dog")
+    require(not subject, f"--class {noun!r}: {', '.join(subject)} is the identifier; expected the class alone, such as "
+                         "dog, and an --identifier that means nothing")
     return noun
 
 
@@ -103,6 +104,10 @@ class ClassImages:
         """
         own = self.own[:count]
         paths = [folder / self.key / f"{i:05d}.png" for i in range(count - len(own))]
+        if rank == 0:
+            say(*self.remarks)
+            if own and paths:
+                say(f"{len(own)} class images are yours; the model draws {len(paths)} more in {folder / self.key}")
         self.draw(paths, dtype, rank, world_size, stop)
         if stop.asked_anywhere(self.sd.device):  # all ranks wait here for one another
             raise stop.stopped()

@@ -49,6 +49,7 @@ ELSEWHERE = {  # our options, and what diffusers, kohya and the first Stable Dif
     "precision": "mixed_precision fp16 half",
     "save_every": "checkpointing_steps save_steps save_every_n_steps",
     "keep": "checkpoints_total_limit",
+    "lora": "rank network_dim",
     "resume": "resume_from_checkpoint",
     "sample_every": "validation_steps validation_epochs sample_every_n_steps validation_prompt",
     "log": "report_to log_with",
@@ -77,7 +78,8 @@ class Parser(argparse.ArgumentParser):
     """A parser made from a dataclass of `option` fields, so that each default and each bound is written once."""
 
     def __init__(self, settings_class: type, description: str | None):
-        super().__init__(description=description, allow_abbrev=False)
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
         self.settings_class = settings_class
         for f in fields(settings_class):
             arguments = {name: f.metadata[name] for name in ("help", "metavar", "nargs", "choices")
@@ -247,7 +249,7 @@ def run(main: Callable[[Any], None], settings_class: type, doc: str | None, *, o
     names. `out_of_memory` and `after_failure` say what then helps.
     """
     sys.stdout, sys.stderr = SteadyStream(sys.stdout), SteadyStream(sys.stderr)
-    parser = Parser(settings_class, doc and doc.splitlines()[0])
+    parser = Parser(settings_class, doc)
     try:
         given = parser.parse(sys.argv[1:])
         main(parser.parse(sys.argv[1:], defaults(given)))

@@ -21,7 +21,7 @@ def read_pictures(folder: Path, size: int) -> tuple[dict[str, Image.Image], list
     """The pictures in a folder by file name, in order, each cut to its centre square of `size` pixels; and a remark on
     each file that is no picture, is flat or is too small. Hidden files, folders inside and texts beside pictures do not
     count."""
-    require(folder.is_dir(), f"{folder}: no such folder; expected one with pictures in it")
+    require(folder.is_dir(), f"{folder}: not a folder; expected one with pictures in it")
     pictures, remarks = {}, []
     paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     picture_stems = {path.stem for path in paths if path.suffix != ".txt"}

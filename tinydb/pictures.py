@@ -63,7 +63,7 @@ def no_picture_in(option: str, folder: str, remarks: list[str]) -> str:
     """What to say of a folder without one: why not, and in which folders inside to look."""
     inside = [f"{path.name} is a folder: give {option} {path}" for path in sorted(Path(folder).iterdir())
               if path.is_dir()]
-    return f"{option} {folder}: no picture in it; expected JPEG or PNG files. {'; '.join(inside + remarks)}"
+    return "; ".join([f"{option} {folder}: no picture in it", "expected JPEG or PNG files", *inside, *remarks])
 
 
 def to_grey(image: Image.Image) -> Image.Image:

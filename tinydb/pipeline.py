@@ -55,7 +55,7 @@ class Sampling(Checked):
     size: tuple[int, ...] | None = option(None, "WIDTHxHEIGHT in pixels (default: what the model was trained on)",
                                           least=1, most=2**14, metavar="WIDTHxHEIGHT", described="Size")
     negative: str = option("", "a prompt to steer away from")
-    strength: float = option(0.6, "how much of the picture to draw over is redrawn: near 0 it stays as it is", above=0,
+    strength: float = option(0.6, "with --init: how much to change the picture; near 0 it stays as it is", above=0,
                              most=1, described="Denoising strength")
     eta: float = option(0.0, "fresh noise in each step of ddim: 0 is none, 1 as much as DDPM's", least=0, most=1,
                         described="Eta DDIM")
@@ -253,7 +253,8 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     Raises InputError, one line with the cure, where the folder is not one or is damaged.
     """
     folder = model_folder(folder)
-    require(folder.is_dir(), f"{folder}: no such folder; expected a model folder (convert_weights.py makes one)")
+    require(folder.is_dir(), f"{folder}: not a folder; expected that of a model (convert_weights.py makes one); a LoRA "
+                             "file is for --lora")
     kind = read_json(folder / "model_index.json").get("_class_name")
     require(kind == MODEL_INDEX["_class_name"],
             f"{folder}: a {kind}; only {MODEL_INDEX['_class_name']} (Stable Diffusion 1.x and 2.x) is supported")

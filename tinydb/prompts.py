@@ -26,6 +26,8 @@ def read_text(path: Path) -> str:
     try:
         check_file(path)
         return path.read_text(encoding="utf-8-sig")  # Windows begins a file with a mark
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected a text") from None
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror or error if isinstance(error, OSError) else "not UTF-8"
         raise InputError(f"{path}: not readable as text ({reason}); save it as plain text in UTF-8") from None

@@ -150,7 +150,7 @@ def plot(title: str, metrics: list[dict[str, float]], steps: int) -> str:
     curves, legend, top = [], [], 0.0
     for name in PLOTS[title]:
         points = [(line["step"], line[name]) for line in metrics if name in line]
-        if not points:
+        if len(points) < 2:  # no line
             continue
         size = math.ceil(len(points) / POINTS)
         groups = [points[i : i + size] for i in range(0, len(points), size)]
@@ -166,7 +166,7 @@ def plot(title: str, metrics: list[dict[str, float]], steps: int) -> str:
     if not curves:
         return ""
     levels = [f'<text class="level" x="-40" y="{100 - 25 * i}%">{top * i / 4:.2g}</text>' for i in range(5)]
-    marks = [f'<text class="level" x="{25 * i}%" y="100%" dy="20">{steps * i / 4:.0f}</text>' for i in range(5)]
+    marks = [f'<text class="level" x="{25 * i}%" y="100%" dy="20">{steps * i / 4:g}</text>' for i in range(5)]
     return "\n".join([
         f"<h2>{title}</h2>", f'<p>{", ".join(legend)}</p>',
         f'<div class="plot"><svg role="img" aria-label="{title} over steps">',

@@ -60,9 +60,9 @@ class StopSignal:
             dist.all_reduce(asked)
         return bool(asked)
 
-    def stopped(self) -> Stopped:
-        """The exception that ends the run, with a word from the first process only."""
-        return Stopped("stopped; the same command with --resume goes on from here" if self.rank == 0 else "")
+    def stopped(self, advice: str = "") -> Stopped:
+        """The exception that ends the run, with a word, and `advice`, from the first process only."""
+        return Stopped(f"stopped; the same command with --resume goes on from here{advice}" if self.rank == 0 else "")
 
 
 def usual_folder(images: str) -> str:
@@ -88,6 +88,12 @@ def earlier_options(settings_class: type, given: Any) -> dict[str, Any]:
         return in_file
     noted = options_in_file(settings_class, str(config))
     return {name: value for name, value in noted.items() if name not in ("out", "weights")} | in_file  # moved, maybe
+
+
+def latest_state(folder: Path) -> Path:
+    """The folder itself or, where it is a run without a result yet, its newest checkpoint."""
+    run = Run(folder)
+    return run.checkpoints()[-1] if run.checkpoints() and not run.finished else folder
 
 
 class Run:
@@ -242,6 +248,7 @@ class Run:
         names, shown = list(pictures)[:MOST_SHOWN], list(pictures.values())[:MOST_SHOWN]
         text = "\n".join(f"{name}: {prompt}" for name, prompt in zip(names, prompts))
         save_png(grid(shown, min(len(shown), 5), prompts[: len(shown)]), self.out / "inputs.png", text)
+        say(f"{len(pictures)} pictures of your subject; what the model sees of them: {self.out / 'inputs.png'}")
 
     def open_log(self, step: int, tracker: str | None, settings: Any) -> None:
         """Open metrics.jsonl to append to, cut back to what a checkpoint at `step` knows of, and the tracker."""
@@ -251,6 +258,8 @@ class Run:
             temporary.write_text("".join(line + "\n" for line in lines[:step]))
         self.metrics = path.open("a")
         self.track = open_tracker(tracker, self.out, settings, step)
+        if step:
+            say(f"going on from step {step}")
         say(f"the run as a page: {self.out / 'report.html'}")
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -46,6 +46,7 @@ from tinydb.tokenizer import PLACEHOLDER
 TINY = Path(__file__).parent / "weights" / "tiny"
 GROUP = 4  # pictures drawn at once; guidance doubles it
 SERIES = 16  # prompts, and pictures of each, at most that come together on one sheet
+SHEET = re.compile(r".*-(grid|series|attention)\.png|\d+-best-of-.*\.png|(.*-)?preview\.png")  # no picture of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,6 +330,7 @@ def rank_folder(prompt: str, settings: Settings, weights: Path) -> None:
     """Print the pictures in the folder of --among and their scores, best first; the best come on a sheet."""
     ranking = open_ranking(ModelInfo.read(weights / "tinydb.json"), weights, prompt, settings)
     pictures, remarks = read_pictures(Path(settings.among), max(ranking.clip.side, VISIBLE))
+    pictures = {name: picture for name, picture in pictures.items() if not SHEET.fullmatch(name)}
     require(bool(pictures), no_picture_in("--among", settings.among, remarks))
     say(*remarks)
     names, images = list(pictures), list(pictures.values())

@@ -87,12 +87,14 @@ def test_pictures_of_a_folder_are_ranked(draw, nano, small_clip, photos, tmp_pat
     folder = Path(shutil.copytree(photos, tmp_path / "photos"))
     (folder / "notes.txt").write_text("no picture")
     (folder / "broken.png").write_text("no picture")
+    for name in ("0002-the-dog-grid.png", "0004-series.png", "0001-best-of-a-cat.png", "preview.png"):  # of sample.py
+        Image.new("RGB", (64, 64), "red").save(folder / name)
     [sheet] = draw("the dog", among=str(folder), clip=str(small_clip)).values()
     printed = capsys.readouterr()
     *rows, last = printed.out.splitlines()
     ranked = [row.split("\t") for row in rows]
     clip = tinydb.load_clip(small_clip)
-    pictures, _ = tinydb.data.read_pictures(folder, 32)
+    pictures, _ = tinydb.data.read_pictures(photos, 32)
     scores = dict(zip(pictures, (clip.images(list(pictures.values())) @ clip.text(["the dog"])[0]).tolist()))
     assert [Path(path).name for path, _ in ranked] == sorted(scores, key=lambda name: -scores[name])
     assert [score for _, score in ranked] == [f"CLIP text {value:.3f}" for value in sorted(scores.values())[::-1]]

@@ -20,7 +20,8 @@ from tinydb.tokenizer import PLACEHOLDER
 PREVIEWS = 12  # at most on the page: one of Stable Diffusion's size is 2 MB
 POINTS = 1000  # at most on a curve: one or two in a pixel
 PLOTS = {  # what is on a plot, by its title: names in metrics.jsonl, and in the style below
-    "Losses": ("instance_loss", "prior_loss"), "Scores by CLIP": ("likeness", "prompt"),
+    "Losses": ("instance_loss", "prior_loss"), "Likeness to your pictures, by CLIP": ("likeness",),
+    "Fit to the prompts, by CLIP": ("prompt",),
 }
 
 STYLE = """

@@ -821,6 +821,15 @@ def test_config_of_a_run_repeats_it(command, teach, tmp_path):
     assert config_of(tmp_path / "frozen")["lr_text"] is None
 
 
+def test_config_file_may_resume(command, teach, nano, photos, tmp_path):
+    """With what the run noted, as --resume does."""
+    out = teach(tmp_path / "out", steps=1, save_every=1, lr=3e-4)
+    given = write_config(tmp_path / "a.json", weights=str(nano), images=str(photos), out=str(out), steps=2, resume=True)
+    code, _, error = command("train.py", given, "--device=cpu")
+    assert code == 0, error
+    assert (config_of(out)["lr"], config_of(out)["steps"]) == (3e-4, 2) and "going on from step 1" in error
+
+
 @pytest.mark.parametrize("text, words", [
     ("{", ["a.json", "JSON"]), ("[3]", ["a.json", "list"]), (None, ["a.json: no such file"]),
     ('{"steps": "many"}', ["--steps", "many"]), ('{"log": "print"}', ["--log", "print", "wandb"]),

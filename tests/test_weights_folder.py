@@ -238,6 +238,11 @@ def test_prior_that_names_nothing_asked():
         assert not [prompt for prompt in prompts for words in asked | {"hat"} if words in prompt]
 
 
+def test_arms_with_one_prior_have_one_set_of_class_images():
+    """Without captions train.py takes the plain prior, whose pictures are others than the recipe's."""
+    assert {arm.captions for arm in evaluate.ARMS.values() if arm.prior == "recipe"} == {True}
+
+
 def test_study_goes_on_and_compares_the_same_subjects_and_seeds(tmp_path, monkeypatch, capsys):
     """What matters most comes first; what is there is not done again."""
     study, taught = evaluate.Study(ROOT / "weights" / "tiny", tmp_path, judge.load_judge()), []

@@ -498,8 +498,8 @@ def test_warns_where_no_subject_was_taught(draw, nano, capsys):
 ])
 def test_hints_at_the_words_that_show_the_subject(draw, nano, tmp_path, capsys, prompt, shows):
     draw(prompt, weights=str(taught(tmp_path / "taught", nano, identifier="ohwx")))
-    hinted = f'"{prompt.replace("[v]", "[V]")}" does not ask for your dog; write [V] dog for it' in capsys.readouterr().err
-    assert hinted == (not shows)
+    hint = f'"{prompt.replace("[v]", "[V]")}" does not ask for your dog; write [V] dog for it'
+    assert (hint in capsys.readouterr().err) == (not shows)
 
 
 @pytest.mark.parametrize("option", ["prompt", "negative"])

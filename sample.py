@@ -80,6 +80,11 @@ class Settings(Sampling):
                             choices=("auto", "fp32", "bf16", "fp16"))
 
     @property
+    def loras(self) -> list[str]:
+        """The files of --lora; a comma elsewhere than behind .safetensors belongs to a name."""
+        return re.split(r"(?<=\.safetensors), *", self.lora) if self.lora else []
+
+    @property
     def out_is_file(self) -> bool:
         """Whether --out names a picture rather than a folder of them."""
         return self.out.lower().endswith(".png")
@@ -182,9 +187,10 @@ def with_model(settings: Settings, newest: Path) -> Settings:
         lora = ",".join(filter(None, [str(weights / LORA_FILE), lora]))
     elif settings.weights or not lora:
         return replace(settings, weights=str(weights))
-    base = config_around(Path(lora.split(",")[0])).get("weights", str(TINY))
+    settings = replace(settings, lora=lora)
+    base = config_around(Path(settings.loras[0])).get("weights", str(TINY))
     require(isinstance(base, str), f"{lora}: the config.json of its run names no weights; give --weights")
-    return replace(settings, weights=base, lora=lora)
+    return replace(settings, weights=base)
 
 
 def advise(sd: StableDiffusion, weights: Path, prompt: str, negative: str) -> None:
@@ -313,7 +319,7 @@ def open_ranking(info: ModelInfo, weights: Path, prompt: str, settings: Settings
     """What ranks pictures of a prompt, with the subject's own where the model's run still knows where they are."""
     clip = choose_clip(settings.clip, info.base)
     require(clip is not None, f"{'--among' if settings.among else '--best'}: {NO_CLIP}")
-    taught = Path(settings.lora.split(",")[-1]) if settings.lora else weights
+    taught = Path(settings.loras[-1]) if settings.lora else weights
     subject = subject_pictures(taught, clip.side) if PLACEHOLDER in prompt else []
     if PLACEHOLDER in prompt and not subject:
         say(f"{taught}: the pictures of {PLACEHOLDER} are not where its run found them; only the rest of the prompt "
@@ -349,7 +355,7 @@ def main(given: Settings) -> None:
     jobs, newest, opened, rows = read_jobs(given), newest_model(), None, []
     for prompt, settings in jobs:
         settings, device = with_model(settings, newest), choose_device(settings.device)
-        weights, loras = model_folder(settings.weights), settings.lora.split(",") if settings.lora else []
+        weights, loras = model_folder(settings.weights), settings.loras
         if settings.among:
             rank_folder(prompt, settings, weights)
             continue

@@ -360,10 +360,10 @@ def drawn(nano, tmp_path, one_thread, monkeypatch) -> Callable[..., str]:
 
 def test_sample_finds_a_run_as_it_finds_a_model(teach, nano, drawn, tmp_path):
     """The newest, the OUT of one, a checkpoint of one; a file alone belongs to the model that its run began with."""
-    out = teach(tmp_path / "runs" / "dog", lora=2, lr=1e-2, steps=2, save_every=1)
+    out = teach(tmp_path / "runs" / "dog,cat", lora=2, lr=1e-2, steps=2, save_every=1)  # a comma is part of its name
     file = out / "lora.safetensors"
     expected = merged(nano, (file, 1.0)).generate("[V] dog", steps=2)
-    for settings in ({}, {"weights": str(out)}, {"lora": str(file)}, {"lora": "runs/dog/lora.safetensors"},
+    for settings in ({}, {"weights": str(out)}, {"lora": str(file)}, {"lora": "runs/dog,cat/lora.safetensors"},
                      {"weights": str(nano), "lora": str(file)}, {"weights": str(out / "checkpoints" / "step-000002")}):
         assert difference([Image.open(drawn(**settings))], expected) == 0, settings
     earlier = out / "checkpoints" / "step-000001"
@@ -377,7 +377,7 @@ def test_several_files_with_a_scale_and_the_picture_says_so(pairs, nano, drawn, 
         updates = random_updates(tinydb.load(nano), rank=i)
         save_lora(updates, tmp_path / f"{i}.safetensors", ModelInfo("zwx", "dog"))
         files.append(tmp_path / f"{i}.safetensors")
-    both = ",".join(map(str, files))
+    both = ", ".join(map(str, files))
     picture = drawn(weights=str(nano), lora=both, lora_scale=0.5)
     expected = merged(nano, *((file, 0.5) for file in files)).generate("[V] dog", steps=2)
     assert difference([Image.open(picture)], expected) == 0

@@ -128,10 +128,10 @@ def test_prompts_of_class_images(teach, varied, captioned, tmp_path, prompts_lea
 def test_without_captions_the_recipes_class_images_are_plain(teach, varied, tmp_path, prompts_learnt, capsys):
     """Which is said; a file of class prompts that somebody gives is taken all the same."""
     teach(tmp_path / "out", weights=str(varied), steps=1)
-    assert set(prompts_learnt[0][1]) == {"a photo of a dog"} and "no captions" in capsys.readouterr().err
+    assert set(prompts_learnt[0][1]) == {"a photo of a dog"} and "all class images are plain" in capsys.readouterr().err
     (tmp_path / "a.txt").write_text("a red {noun}\n")
     teach(tmp_path / "own", weights=str(varied), class_prompts=str(tmp_path / "a.txt"), steps=1)
-    assert "a red dog" in prompts_learnt[1][1] and "no captions" not in capsys.readouterr().err
+    assert "a red dog" in prompts_learnt[1][1] and "all class images are plain" not in capsys.readouterr().err
 
 
 def test_varied_class_images_are_topped_up(teach, varied, captioned, tmp_path):
@@ -169,6 +169,24 @@ def test_file_of_class_prompts_that_cannot_be_used(tmp_path, content, words):
         (tmp_path / "a.txt").write_bytes(content)
     text = refusal(read_templates, tmp_path / "a.txt")
     assert [word for word in words if word not in text] == [], text
+
+
+@pytest.mark.parametrize("templates, captioned, own, words", [
+    (None, True, False, "what only captions name"), ("plain", True, False, "what only captions name"),
+    ("a.txt", False, False, "what only class prompts name"), (None, False, False, None), ("a.txt", True, False, None),
+    ("plain", True, True, None),
+])
+def test_captions_and_varied_class_prompts_belong_together(nano, photos, tmp_path, monkeypatch, templates, captioned,
+                                                           own, words):
+    """With one of them alone, places come to mean the subject, or anything but it; which is said."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("a {noun} in the snow\n")
+    if own:
+        shutil.copytree(photos, "own")
+        for picture in list(Path("own").iterdir()):
+            picture.with_suffix(".txt").write_text("a dog in the snow")
+    prior = ClassImages(tinydb.load(nano), nano, "dog", 0, templates, captioned, "own" if own else None)
+    assert [words in remark for remark in prior.remarks] == ([True] if words else [])
 
 
 def test_list_for_stable_diffusion_can_be_used():

@@ -52,8 +52,9 @@ class ClassImages:
 
     What the prior keeps is what its prompts name. So beside the plain prompt, of which the recipe's `plain_share` of
     them are drawn, there may be templates, which the others take in turn: the recipe's, or those in a file; "plain" is
-    none of them, the paper's prior. So is the recipe's where the subject's pictures are not `captioned`: if only class
-    prompts named places, every prompt with a place would come to mean the class.
+    none of them, the paper's prior. Templates and captions belong together: if only class prompts named places, every
+    prompt with a place would come to mean the class, and if only captions did, the subject. So the recipe's prior is
+    plain where the subject's pictures are not `captioned`.
 
     `key` names what a model in the folder `weights` draws under these settings, so that no other run's pictures are
     taken for it.
@@ -77,6 +78,12 @@ class ClassImages:
             require(Path(templates).exists(),
                     f"--class-prompts {templates}: no such file; expected a file of prompts, or: plain")
             varied = read_templates(Path(templates))
+        if captioned and not varied and not any(self.own_captions):
+            self.remarks.append("the pictures have captions and the class images are plain: what only captions name, "
+                                "such as places, may come to show your subject; --class-prompts FILE prevents it")
+        elif varied and not captioned:
+            self.remarks.append("the class prompts vary and the pictures have no captions: what only class prompts "
+                                "name may come to show anything but your subject; captions prevent it")
         self.varied = [fill(template, noun) for template in varied]
         prompts = [self.plain, recipe.plain_share, *self.varied] if self.varied else self.plain
         sampler = [recipe.class_sampler] if recipe.class_sampler != Recipe.class_sampler else []

@@ -108,7 +108,7 @@ def test_older_files_open(folder):
 
 
 def test_a_folder_that_is_no_clip_is_refused(folder, tmp_path, pairs):
-    assert "no such folder" in refusal(tinydb.load_clip, tmp_path / "nothing")
+    assert "not a folder" in refusal(tinydb.load_clip, tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     assert "no such file" in refusal(tinydb.load_clip, tmp_path / "empty")
     assert "config.json" in refusal(tinydb.load_clip, pairs("sd1").folder)

@@ -235,7 +235,7 @@ def test_small_pictures_are_enlarged_and_named(tmp_path, size, remarked):
 @pytest.mark.parametrize("make", [lambda path: None, Path.touch], ids=["nothing", "file"])
 def test_no_such_folder(tmp_path, make: Callable[[Path], None]):
     make(tmp_path / "dogs")
-    assert "dogs: no such folder" in refusal(read_pictures, tmp_path / "dogs", 16)
+    assert "dogs: not a folder" in refusal(read_pictures, tmp_path / "dogs", 16)
 
 
 # -------------------------------------------------------------------------- pictures to latents and back

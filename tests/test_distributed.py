@@ -150,7 +150,7 @@ def test_bad_input_ends_all_ranks(line, tmp_path):
     """Whether it is on the command line or was found by the first process, which alone looks into OUT."""
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "notes.txt").touch()
-    for out, settings, words in (("out", {"images": "nowhere"}, "nowhere: no such folder"),
+    for out, settings, words in (("out", {"images": "nowhere"}, "nowhere: not a folder"),
                                  ("taken", {}, "taken is not empty")):
         runs = start_ranks(2, tmp_path / "log", *line(out, **settings))
         assert runs[0].wait() == 2 and words in runs[0].message and runs[1].wait() != 0

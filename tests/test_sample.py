@@ -110,7 +110,7 @@ def test_pictures_of_a_folder_are_ranked(draw, nano, small_clip, photos, tmp_pat
     (["-n", "3", "--best", "4"], "--best 4: more than the 3 pictures that are drawn; give a larger -n"),
     (["--best", "0"], "--best 0: expected 1 or more"),
     (["--best", "2"], "no --clip"),
-    (["--best", "2", "--clip", "nothing"], "nothing: no such folder; expected a CLIP"),
+    (["--best", "2", "--clip", "nothing"], "nothing: not a folder; expected a CLIP"),
     (["--best", "2", "--clip", "empty"], "config.json: no such file"),
     (["--among", "empty", "--clip", "CLIP"], "--among empty: no picture in it"),
     (["--among", "nothing", "--clip", "CLIP"], "nothing: not a folder; expected one with pictures in it"),

@@ -382,7 +382,7 @@ def test_without_a_clip_nothing_is_scored_or_recommended(teach, tmp_path, capsys
 
 
 def test_a_folder_that_is_no_clip_is_refused_before_the_work(teach, nano, tmp_path):
-    assert "no such folder; expected a CLIP" in refusal(teach, tmp_path / "out", clip=str(tmp_path / "none"))
+    assert "not a folder; expected a CLIP" in refusal(teach, tmp_path / "out", clip=str(tmp_path / "none"))
     assert "config.json: no such file" in refusal(teach, tmp_path / "out", clip=str(nano))
     assert not (tmp_path / "out" / "class_images").exists()
 
@@ -864,13 +864,13 @@ def test_every_option_has_its_bounds(name, bad, good):
     ({"steps": "0"}, ["--steps 0", "1 or more"]), ({"steps": "1.5"}, ["--steps", "1.5"]),
     ({"lr": "many"}, ["--lr", "many"]), ({"log": "print"}, ["--log", "print", "wandb"]),
     ({"identifier": " "}, ["--identifier", "ohwx"]), ({"class": " "}, ["--class"]), ({"class": None}, ["--class"]),
-    ({"images": None}, ["--images"]), ({"images": "nowhere"}, ["nowhere: no such folder"]),
+    ({"images": None}, ["--images"]), ({"images": "nowhere"}, ["nowhere: not a folder"]),
     ({"images": "empty"}, ["empty", "no picture", "JPEG or PNG"]),
     ({"images": "junk"}, ["junk", "no picture", "notes.txt is skipped: not a picture"]),
-    ({"weights": "nowhere"}, ["nowhere: no such folder"]), ({"weights": "empty"}, ["model_index.json"]),
+    ({"weights": "nowhere"}, ["nowhere: not a folder"]), ({"weights": "empty"}, ["model_index.json"]),
     ({"out": "file"}, ["file"]), ({"out": "file/in"}, ["file"]), ({"out": "junk"}, ["junk is not empty", "--out"]),
     ({"device": "tpu9"}, ["tpu9", "--device cpu"]), ({"resume": True}, ["--resume", "no run in out"]),
-    ({"step": "3"}, ["--step"]), ({"class-dir": "nowhere"}, ["nowhere: no such folder"]),
+    ({"step": "3"}, ["--step"]), ({"class-dir": "nowhere"}, ["nowhere: not a folder"]),
 ], ids=lambda value: ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "")
 def test_bad_option_gets_one_line(command, nano, photos, tmp_path, given, words):
     (tmp_path / "file").touch()

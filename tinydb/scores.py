@@ -70,7 +70,7 @@ def load_clip(folder: str | Path, device: torch.device | str = "cpu", dtype: tor
     Raises InputError, one line with the cure, where the folder is not one or is damaged.
     """
     folder = Path(folder)
-    require(folder.is_dir(), f"{folder}: no such folder; expected a CLIP (convert_weights.py makes one)")
+    require(folder.is_dir(), f"{folder}: not a folder; expected a CLIP (convert_weights.py makes one)")
     config = CLIPConfig.read(folder / "config.json")
     clip = build_clip(folder, config, read_tensors(folder / "model.safetensors"))
     clip.model.to(device, dtype)

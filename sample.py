@@ -14,7 +14,6 @@
 [V] stands for the word under which train.py taught the subject. Prints the paths of the pictures on stdout.
 """
 
-import glob
 import itertools
 import json
 import os
@@ -46,7 +45,7 @@ from tinydb.tokenizer import PLACEHOLDER
 TINY = Path(__file__).parent / "weights" / "tiny"
 GROUP = 4  # pictures drawn at once; guidance doubles it
 SERIES = 16  # prompts, and pictures of each, at most that come together on one sheet
-SHEET = re.compile(r".*-(grid|series|attention)\.png|\d+-best-of-.*\.png|(.*-)?preview\.png")  # no picture of its own
+SHEET = re.compile(r".*-(grid|series|attention)\.png|\d+-best-of-.*\.png|(.*-)?preview\.png")  # not for --among
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +124,8 @@ def settings_in_picture(given: Settings) -> dict[str, object]:
 
 
 def settings_in_lines(path: Path, given: Settings) -> list[Settings]:
-    """What each line of a --prompts file asks for; what a line leaves open is as on the command line."""
+    """What each line of a --prompts file asks for; what a line leaves open is as on the command line. Lines
+    that begin with # are passed over."""
     require(path.suffix != ".json", f"--prompts {path}: expected a prompt a line or, in a .jsonl, an object a line")
     jobs = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
@@ -228,6 +228,11 @@ def new_path(settings: Settings, name: str, i: int | None = None) -> Path:
             return path
 
 
+def attention_path(path: Path) -> Path:
+    """Where the heat maps of the picture at `path` go."""
+    return path.with_name(f"{path.stem}-attention.png")
+
+
 def save(image: Image.Image, path: Path, about: str, announced: bool = True) -> None:
     """Write a picture and print where it is; where that fails, no empty file is left."""
     try:
@@ -266,8 +271,7 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) ->
                      not ranking)
                 if maps:
                     sheet = attention_sheet(image, sd.words(prompt), maps.mean()[i - group[0]])
-                    save(sheet, paths[-1].with_name(f"{paths[-1].stem}-attention.png"),
-                         f"cross-attention of: {prompt}", not ranking)
+                    save(sheet, attention_path(paths[-1]), f"cross-attention of: {prompt}", not ranking)
     if ranking:
         paths = keep_best(ranking, paths, settings.best)
     images = [Image.open(path) for path in paths[:MOST_SHOWN]]  # from the disk: thousands would fill the memory
@@ -283,11 +287,11 @@ def keep_best(ranking: Ranking, paths: list[Path], count: int) -> list[Path]:
     order = ranking.best()
     for i in order[count:]:
         paths[i].unlink()
-        paths[i].with_name(f"{paths[i].stem}-attention.png").unlink(missing_ok=True)
+        attention_path(paths[i]).unlink(missing_ok=True)
     for i in order[:count]:
         print(paths[i])
-        for sheet in paths[i].parent.glob(f"{glob.escape(paths[i].stem)}-attention.png"):
-            print(sheet)
+        if attention_path(paths[i]).exists():
+            print(attention_path(paths[i]))
         say(scores_text(ranking.scores[i]))
     return [paths[i] for i in order[:count]]
 
@@ -371,9 +375,10 @@ def main(given: Settings) -> None:
         if len(jobs) <= SERIES:
             rows.append((prompt, row))
     shapes = {(len(row), image.size) for _, row in rows for image in row}
-    if len(rows) > 1 and len(shapes) == 1 and len(row) <= SERIES and not jobs[0][1].out_is_file:
-        captions = [caption for prompt, row in rows for caption in [prompt] + [""] * (len(row) - 1)]
-        sheet = grid([image for _, row in rows for image in row], len(row), captions)
+    count = len(rows[0][1]) if rows else 0
+    if len(rows) > 1 and len(shapes) == 1 and count <= SERIES and not jobs[0][1].out_is_file:
+        captions = [caption for prompt, _ in rows for caption in [prompt] + [""] * (count - 1)]
+        sheet = grid([image for _, row in rows for image in row], count, captions)
         save(sheet, new_path(jobs[0][1], "series"), " | ".join(prompt for prompt, _ in rows))
 
 

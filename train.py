@@ -10,8 +10,8 @@ images: pictures of "a photo of a dog" that the model drew before training, and 
 
     loss = |prediction - target|^2 over instance pictures + prior_weight * the same over class images
 
-A step of training is `DreamBoothLoss` and the loop in `main`. tinydb/run.py lists what a run writes into OUT. The recipe,
-from which most defaults come, is in the model's tinydb.json.
+A step of training is `DreamBoothLoss` and the loop in `main`. tinydb/run.py lists what a run writes into OUT. Most
+defaults come from the recipe in the model's tinydb.json.
 """
 
 import copy
@@ -333,8 +333,7 @@ def main(settings: Settings) -> None:
         scaler.load_state_dict(state["scaler"])
 
     sd.info = replace(sd.info, identifier=settings.identifier, class_noun=settings.class_noun,
-                      base=sd.info.base or {"name": weights.resolve().name, "license": "that of this model"},
-                      step=state["step"])
+                      base=sd.info.base or {"name": weights.resolve().name, "license": "that of this model"})
     # `model` computes a step: `masters` itself or, with --offload, a low-precision copy of it on the device.
     model, offloaded = masters, []
     if settings.offload:
@@ -389,7 +388,6 @@ def main(settings: Settings) -> None:
 
         *losses, asked_to_stop = sums.tolist()  # here alone the CPU waits for the GPU: all of the step is in its queue
         state["step"] = done = step + 1
-        sd.info = replace(sd.info, step=done)
         check_finite(losses, scaler, done, settings.lr)
 
         if rank == 0:
@@ -404,6 +402,7 @@ def main(settings: Settings) -> None:
                 values |= scorer.note(state["scores"], done, run.preview(shown, scorer.prompts, done, autocast))
             run.log(done, values)
             if asked_to_stop or (due and settings.save_every > 0):  # last: what it refers to is there by now
+                sd.info = replace(sd.info, step=done)
                 state["scaler"] = scaler.state_dict()
                 save_checkpoint(run.checkpoint(done), sd, weights, masters, optimizer, state)
                 run.drop_checkpoints(settings.keep, scorer.best_step(state["scores"], run))
@@ -417,6 +416,7 @@ def main(settings: Settings) -> None:
         raise stop.stopped(f"; sample.py --weights {run.out} draws with what it knows by now")
 
     if rank == 0:
+        sd.info = replace(sd.info, step=state["step"])
         with written_whole(run.result(settings)) as path:
             write_result(path, sd, weights, masters.lora)
         run.finish(settings, scorer.advice(state["scores"], run, LORA_FILE if masters.lora else ""))

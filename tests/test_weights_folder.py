@@ -1,4 +1,4 @@
-"""The world, the recipe of the model in the box, and the model folder in the box."""
+"""The world, and the model in the box: its recipe and its folder."""
 
 import subprocess
 import sys

@@ -48,7 +48,7 @@ def is_picture(path: Path) -> bool:
 
 
 class ClassImages:
-    """The pictures of a class by one model, picture i from seed + i; some of them may be yours instead.
+    """The pictures of a class by one model, picture i from seed + i; those in the folder `own` are yours, and first.
 
     What the prior keeps is what its prompts name. So beside the plain prompt, of which the recipe's `plain_share` of
     them are drawn, there may be templates, which the others take in turn: the recipe's, or those in a file; "plain" is

@@ -91,7 +91,8 @@ class Parser(argparse.ArgumentParser):
             if bool in types:
                 arguments["action"] = argparse.BooleanOptionalAction
             else:
-                arguments["type"] = {str: os.path.expanduser, tuple[int, ...]: size}.get(types[0], types[0])
+                readers = {str: os.path.expanduser, tuple[int, ...]: size}  # a shell leaves ~ as it is behind "="
+                arguments["type"] = readers.get(types[0], types[0])  # int and float read themselves
             if f.default not in (None, "", False):
                 arguments["help"] += " (default: %(default)s)"
             self.add_argument(label(f), dest=f.name, default=f.default, **arguments)

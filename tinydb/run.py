@@ -28,7 +28,7 @@ from tinydb.lora_files import LORA_FILE
 from tinydb.pictures import MOST_SHOWN, grid, save_png
 from tinydb.pipeline import StableDiffusion
 from tinydb.report import sample_command, write_report
-from tinydb.storage import check_free_disk, is_running, lock, remove, written_whole
+from tinydb.storage import check_free_disk, has_writer, lock, remove, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 
 CAUSES = {  # what a fact stands for that a person can only see as a digest
@@ -170,7 +170,7 @@ class Run:
         with written_whole(config) as temporary:
             write_json(temporary, {**noted, "run": facts})
         for leftover in [*self.out.rglob(".*.tmp"), *self.out.rglob(".*.old")]:  # of a run that was killed
-            if leftover.suffix == ".old" or not is_running(leftover.name.split(".")[-2]):
+            if leftover.suffix == ".old" or not has_writer(leftover):
                 remove(leftover)
 
     def check_same(self, settings: Any, facts: dict[str, Any], noted: dict[str, Any]) -> None:

@@ -125,8 +125,8 @@ class Scorer:
         return scores[str(step)]
 
     def best_step(self, scores: dict[str, Score], run: Run) -> int | None:
-        """The step, of those of the run's checkpoints, with the most of learnt + kept, the last of equals; None where
-        there is no choice:
+        """The step among the run's checkpoints where learnt + kept is largest, the last of equals; None where there is
+        no choice:
 
             learnt = 0 where pictures are as like the subject as those of step 0, 1 where as its pictures are alike
             kept   = 0 where pictures fit the prompts no better than the subject's own do, 1 at the best of all steps

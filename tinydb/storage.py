@@ -146,7 +146,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for other in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            if not is_running(other.name.split(".")[-2]):
+            if not has_writer(other):
                 remove(other)
         remove(temporary)
         yield temporary
@@ -163,8 +163,9 @@ def written_whole(path: Path) -> Iterator[Path]:
         remove(temporary)
 
 
-def is_running(process: str) -> bool:
-    """Whether a process of that number is there, or may be."""
+def has_writer(temporary: Path) -> bool:
+    """Whether the process that writes a temporary file of `written_whole` is there, or may be."""
+    process = temporary.name.split(".")[-2]
     if os.name == "nt" or not process.isdecimal():  # Windows has no signal that only asks
         return True
     try:
@@ -177,8 +178,8 @@ def is_running(process: str) -> bool:
 
 
 def lock(path: Path) -> int:
-    """Hold the lock of a folder's file until this process ends, however it ends; InputError where another process holds
-    it, which says who and since when. Returns the file's descriptor, never to be closed.
+    """Hold a file as the lock of its folder until this process ends, however it ends; InputError where another process
+    holds it, which says who and since when. Returns the file's descriptor, never to be closed.
 
     The system takes the lock back, so there is no stale one. It is the process's own: forked helpers do not keep it.
     """

@@ -156,8 +156,8 @@ def composition(settings: Settings, sd: StableDiffusion, judge: Judge, out: Path
 # The 25 prompts of the DreamBooth paper's data set (arXiv 2208.12242, supplementary material): of anything; of objects,
 # or of what is alive; and of anything again.
 SURROUNDINGS = ("in the jungle", "in the snow", "on the beach", "on a cobblestone street", "on top of pink fabric",
-            "on top of a wooden floor", "with a city in the background", "with a mountain in the background",
-            "with a blue house in the background", "on top of a purple rug in a forest")
+                "on top of a wooden floor", "with a city in the background", "with a mountain in the background",
+                "with a blue house in the background", "on top of a purple rug in a forest")
 OF_OBJECTS = ("with a wheat field in the background", "with a tree and autumn leaves in the background",
               "with the Eiffel Tower in the background", "floating on top of water", "floating in an ocean of milk",
               "on top of green grass with sunflowers around it", "on top of a mirror",
@@ -295,7 +295,7 @@ def measure(judge: Judge, similarity: Similarity, name: str, images: list[Image.
 
 
 def draw_taught(folder: Path, name: str, lora: Path | None = None) -> list[list[Image.Image]]:
-    """What a model, or one and a LoRA file, that was taught a subject draws of it, of its class, and of that placed."""
+    """What a model, or one and a LoRA file, that was taught a subject draws: it, its class, and that in every place."""
     noun, sd = SUBJECTS[name].noun, open_model(folder, lora)
     prompts = [[prompt for prompt, _ in study_prompts(SUBJECTS[name]) for _ in range(PER_PROMPT)],
                [class_prompt(noun)] * CLASS_IMAGES,
@@ -337,9 +337,9 @@ class Study:
     def __init__(self, weights: Path, out: Path, judge: Judge):
         self.weights, self.out, self.judge, self.similarity = weights, out, judge, similarity_to(judge)
         self.path, recipe = out / "results.json", asdict(ModelInfo.read(weights / "tinydb.json").recipe)
-        same = {"model": fingerprint(weights), "recipe": json.loads(json.dumps(recipe))}  # tuples as JSON has them
-        self.kept = same | {"rows": {}} | (read_json(self.path) if self.path.exists() else {})
-        require(same.items() <= self.kept.items(),
+        empty = {"model": fingerprint(weights), "recipe": json.loads(json.dumps(recipe)), "rows": {}}  # tuples as lists
+        self.kept = read_json(self.path) if self.path.exists() else empty
+        require(all(self.kept.get(name) == empty[name] for name in ("model", "recipe")) and "rows" in self.kept,
                 f"{self.path} has the results of another model or recipe; give another --out")
         self.rows: dict[str, dict[str, float]] = self.kept["rows"]  # "way/subject/seed" -> numbers
 

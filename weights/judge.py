@@ -1,4 +1,4 @@
-"""A judge of the model in the box's pictures: a small classifier that says what a picture of the world shows.
+"""A judge of what the model in the box draws: a small classifier that says what a picture of the world shows.
 
     python weights/judge.py    # train it (20 minutes on two cores) into weights/judge.safetensors, and test it
 

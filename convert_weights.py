@@ -30,7 +30,6 @@ from tinydb import cli
 from tinydb.config import (Checked, CLIPConfig, InputError, ModelInfo, ScheduleConfig, TextConfig, UNetConfig,
                            VAEConfig, read_json, require)
 from tinydb.diffusion import NoiseSchedule
-from tinydb.lora_files import LORA_FILE
 from tinydb.pipeline import MODEL_INDEX, PARTS, StableDiffusion
 from tinydb.scores import build_clip
 from tinydb.storage import (WEIGHT_FILES, build_model, canonical_names, check_free_disk, check_tensors, read_tensors,
@@ -269,8 +268,6 @@ def check_finite(src: Path, part: str, model: nn.Module, half: bool) -> None:
 def read_folder(folder: Path) -> tuple[Description, dict[str, dict[str, Tensor]]]:
     """A diffusers folder of any age: its description, and its tensors by part."""
     folder = model_folder(folder)
-    require(not (folder / LORA_FILE).exists(),
-            f"{folder}: a run that learnt a LoRA; give the model that it began with, and --lora {folder / LORA_FILE}")
     index = next((folder / name for name in ("model_index.json", "config.json") if (folder / name).exists()), None)
     kind = read_json(index).get("_class_name") if index else "folder without model_index.json"
     require(kind == MODEL_INDEX["_class_name"], f"{folder}: a {kind}; expected a {MODEL_INDEX['_class_name']} (Stable "

@@ -32,14 +32,14 @@ from tinydb.cli import choose_device, choose_dtype, extra, option, say
 from tinydb.config import InputError, ModelInfo, require
 from tinydb.data import read_pictures
 from tinydb.diffusion import SAMPLERS
-from tinydb.lora_files import LORA_FILE
+from tinydb.lora_files import read_lora
 from tinydb.pictures import (MOST_SHOWN, VISIBLE, describe, grid, no_picture_in, open_picture, read_description,
                              save_png)
 from tinydb.pipeline import LAST_SEED, Sampling, StableDiffusion
 from tinydb.prompts import read_text
-from tinydb.run import config_around, latest_state
+from tinydb.run import config_around
 from tinydb.scores import NO_CLIP, Ranking, choose_clip, subject_pictures
-from tinydb.storage import existing_parent, model_folder
+from tinydb.storage import LORA_FILE, existing_parent, model_folder, newest_state
 from tinydb.tokenizer import PLACEHOLDER
 
 TINY = Path(__file__).parent / "weights" / "tiny"
@@ -182,7 +182,7 @@ def newest_model() -> Path:
 def with_model(settings: Settings, newest: Path) -> Settings:
     """The settings with the model that they mean. A run with --lora, or a checkpoint of one, stands for its LoRA file;
     such a file without --weights belongs to the model that its run began with or, elsewhere, to the one in the box."""
-    weights, lora = latest_state(Path(settings.weights or newest)), settings.lora
+    weights, lora = newest_state(Path(settings.weights or newest)), settings.lora
     if (weights / LORA_FILE).exists() and (settings.weights or not lora):
         lora = ",".join(filter(None, [str(weights / LORA_FILE), lora]))
     elif settings.weights or not lora:
@@ -190,6 +190,11 @@ def with_model(settings: Settings, newest: Path) -> Settings:
     settings = replace(settings, lora=lora)
     base = config_around(Path(settings.loras[0])).get("weights", str(TINY))
     require(isinstance(base, str), f"{lora}: the config.json of its run names no weights; give --weights")
+    if not Path(base).is_dir():  # moved since then; the model in the box is here
+        _, about = read_lora(Path(settings.loras[0]))
+        require(about.get("base") == ModelInfo.read(TINY / "tinydb.json").base,
+                f"{settings.loras[0]}: its run began with {base}, which is not there any more; give --weights")
+        base = str(TINY)
     return replace(settings, weights=base)
 
 
@@ -273,7 +278,7 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) ->
                     sheet = attention_sheet(image, sd.words(prompt), maps.mean()[i - group[0]])
                     save(sheet, attention_path(paths[-1]), f"cross-attention of: {prompt}", not ranking)
     if ranking:
-        paths = keep_best(ranking, paths, settings.best)
+        paths = keep_best(ranking, paths, settings)
     images = [Image.open(path) for path in paths[:MOST_SHOWN]]  # from the disk: thousands would fill the memory
     if len(images) > 1:
         sheet = grid(images, min(len(images), 4), [prompt] + [""] * (len(images) - 1))
@@ -282,18 +287,22 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) ->
     return images
 
 
-def keep_best(ranking: Ranking, paths: list[Path], count: int) -> list[Path]:
-    """Delete all but the best `count` pictures; print those and their scores, and return them, best first."""
-    order = ranking.best()
-    for i in order[count:]:
+def keep_best(ranking: Ranking, paths: list[Path], settings: Settings) -> list[Path]:
+    """Delete all but the best pictures of --best; print those and their scores, and return them, best first."""
+    order, best = ranking.best(), []
+    for i in order[settings.best :]:
         paths[i].unlink()
         attention_path(paths[i]).unlink(missing_ok=True)
-    for i in order[:count]:
-        print(paths[i])
+    for i in order[: settings.best]:
+        path = Path(settings.out) if settings.out_is_file and settings.best == 1 else paths[i]
+        os.replace(paths[i], path)
+        print(path)
         if attention_path(paths[i]).exists():
-            print(attention_path(paths[i]))
+            os.replace(attention_path(paths[i]), attention_path(path))
+            print(attention_path(path))
         say(scores_text(ranking.scores[i]))
-    return [paths[i] for i in order[:count]]
+        best.append(path)
+    return best
 
 
 def picture_to_draw_over(sd: StableDiffusion, settings: Settings) -> Image.Image:
@@ -340,7 +349,9 @@ def rank_folder(prompt: str, settings: Settings, weights: Path) -> None:
     """Print the pictures in the folder of --among and their scores, best first; the best come on a sheet."""
     ranking = open_ranking(ModelInfo.read(weights / "tinydb.json"), weights, prompt, settings)
     pictures, remarks = read_pictures(Path(settings.among), max(ranking.clip.side, VISIBLE))
-    pictures = {name: picture for name, picture in pictures.items() if not SHEET.fullmatch(name)}
+    sheets = [name for name in pictures if SHEET.fullmatch(name)]
+    remarks += [f"{name} is left out: by its name, a sheet of sample.py" for name in sheets]
+    pictures = {name: picture for name, picture in pictures.items() if name not in sheets}
     require(bool(pictures), no_picture_in("--among", settings.among, remarks))
     say(*remarks)
     names, images = list(pictures), list(pictures.values())

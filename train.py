@@ -40,13 +40,14 @@ from tinydb.config import Checked, Recipe, require, write_json
 from tinydb.data import Batch, Latents, random_batch, read_pictures, to_device
 from tinydb.layers import ResnetBlock2D
 from tinydb.lora import attach, without_updates
-from tinydb.lora_files import LORA_FILE, save_lora
+from tinydb.lora_files import save_lora
 from tinydb.pictures import no_picture_in, pictures_digest
 from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, load
 from tinydb.prompts import prompt_remarks, read_captions, subject_prompts
 from tinydb.run import Run, StopSignal, check_finite, check_shared_device, earlier_options, memory_plan, usual_folder
 from tinydb.scores import Scorer, choose_clip
-from tinydb.storage import WEIGHT_FILES, check_tensors, model_folder, read_tensors, save_tensors, written_whole
+from tinydb.storage import (LORA_FILE, WEIGHT_FILES, check_tensors, checkpoints, model_folder, read_tensors,
+                            save_tensors, written_whole)
 from tinydb.unet import Transformer2DModel
 
 TINY = Path(__file__).parent / "weights" / "tiny"
@@ -71,7 +72,8 @@ class Settings(Checked):
     freeze_text: bool = option(False, "train the UNet alone: less memory, a little less likeness")
     lora: int | None = option(None, "rank of low-rank updates, learnt beside a model that stays as it is; 0 trains the "
                                     "model itself (default: recipe)", metavar="RANK", least=0, most=1024)
-    lora_conv: bool | None = option(None, "with --lora, of convolutions as well (default: recipe)", before=False)
+    lora_conv: bool | None = option(None, "with --lora, also of the convolutions of blocks that have no "
+                                          "transformer (default: recipe)", before=False)
     lr: float | None = option(None, "learning rate (default: recipe)", above=0)
     lr_text: float | None = option(None, "that of the text encoder (default: recipe, scaled as --lr is)", above=0)
     lr_decay: float | None = option(None, "share of the steps, at the end, over which the rates fall to 0; with 0 they "
@@ -129,9 +131,8 @@ class DreamBoothLoss(nn.Module):
     """Text encoder and UNet as one module whose forward is the loss, so that DDP synchronises both at once.
 
     `prompts[s][i]` is the prompt of picture i of set s: 0 is instance, and 1, where there is a prior, class.
-    `frozen` predicts the target of the class images: both networks as they were before training or, with `lora`, these
-    networks without the updates. A perfect model predicts the mean of all noise (or v) that fits x_t, so this target
-    varies less than one draw does.
+    `frozen` predicts the target of class images: both networks as they were before training or, with `lora`, without
+    the updates. A perfect model predicts the mean of all noise (or v) that fits x_t, which varies less than one draw.
     """
 
     def __init__(self, sd: StableDiffusion, prompts: list[list[str]], freeze_text: bool,
@@ -228,10 +229,8 @@ def load_checkpoint(folder: Path, model: DreamBoothLoss, optimizer: torch.optim.
 
 
 def start_processes(name: str) -> tuple[int, int, torch.device]:
-    """Join the other processes where torchrun started several: the environment tells each its rank and their number.
-
-    Returns rank, world size and device; `name` is the device from the command line.
-    """
+    """Join the other processes where torchrun started several, as the environment says; `name` is the device on the
+    command line. Returns rank, world size and device."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and torch.cuda.is_available() and name in ("auto", "cuda"):
         here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
@@ -327,9 +326,10 @@ def main(settings: Settings) -> None:
     # Where we are: at step 0, or at the newest checkpoint.
     state = {"step": 0, "scores": {}, "scaler": scaler.state_dict(),
              "class_images": pictures_digest(sum(image_sets[1:], []))}
-    if settings.resume and run.checkpoints():
-        state = run.read_state(run.checkpoints()[-1], state)
-        load_checkpoint(run.checkpoints()[-1], masters, optimizer)
+    saved = checkpoints(run.out)
+    if settings.resume and saved:
+        state = run.read_state(saved[-1], state)
+        load_checkpoint(saved[-1], masters, optimizer)
         scaler.load_state_dict(state["scaler"])
 
     sd.info = replace(sd.info, identifier=settings.identifier, class_noun=settings.class_noun,

@@ -69,6 +69,12 @@ def test_options_of_other_programs_in_a_file(refused, tmp_path):
     assert "--images: folder" in refused("train.py", "--config", "a.json")
 
 
+def test_options_in_a_file_may_be_written_as_flags(tmp_path):
+    (tmp_path / "a.json").write_text('{"class-images": 8, "--class": "dog", "lr_text": 1e-4}')
+    options = cli.options_in_file(train.Settings, str(tmp_path / "a.json"))
+    assert options == {"class_images": 8, "class_noun": "dog", "lr_text": 1e-4}
+
+
 def test_home_in_quotes(command, nano, photos, tmp_path, monkeypatch):
     """A shell leaves ~ as it is in quotes, behind "=", and in a file."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

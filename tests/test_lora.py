@@ -1,6 +1,7 @@
 """Low-rank updates: the mathematics, the files that other programs read and write, and training by train.py."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,8 +144,8 @@ def kohya_names(model: nn.Module, prefix: str, blocks: tuple[str, ...],
 def test_names_and_shapes_are_those_of_kohya(pairs, lora_of, kind, convolutions):
     reference = pairs(kind).reference
     expected = kohya_names(reference.unet, "lora_unet", ("Transformer2DModel",))
-    if convolutions:  # of the residual blocks, kohya's conv_dim
-        blocks = kohya_names(reference.unet, "lora_unet", ("ResnetBlock2D",), 3)
+    if convolutions:  # of the residual blocks where there are no transformers; kohya's conv_dim has all of them
+        blocks = kohya_names(reference.unet, "lora_unet", ("DownBlock2D", "UpBlock2D"), 3)
         expected |= {name: shape for name, shape in blocks.items() if name.endswith(("_conv1", "_conv2"))}
     text = kohya_names(reference.text_encoder, "lora_te", ("CLIPAttention", "CLIPMLP"))
     expected |= {name.replace("lora_te_encoder", "lora_te_text_model_encoder"): shape for name, shape in text.items()}
@@ -371,6 +372,19 @@ def test_sample_finds_a_run_as_it_finds_a_model(teach, nano, drawn, tmp_path):
     assert difference([Image.open(drawn(lora=str(earlier / "lora.safetensors")))], expected) == 0
 
 
+def test_run_in_the_box_that_was_moved_finds_the_box(tmp_path):
+    """Its config.json names the place where the clone was; a model elsewhere has to be given."""
+    for folder, base in (("box", ModelInfo.read(sample.TINY / "tinydb.json").base), ("other", {"name": "a base"})):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(f'{{"weights": "{tmp_path}/gone/weights/tiny"}}')
+        (tmp_path / folder / "metrics.jsonl").touch()
+        save_lora(nn.ModuleDict(), tmp_path / folder / "lora.safetensors", ModelInfo("zwx", "dog", 5, base))
+    box, other = (sample.Settings(prompt=["[V] dog"], weights=str(tmp_path / name)) for name in ("box", "other"))
+    assert sample.with_model(box, sample.TINY).weights == str(sample.TINY)
+    text = refusal(sample.with_model, other, sample.TINY)
+    assert "gone/weights/tiny, which is not there any more; give --weights" in text
+
+
 def test_several_files_with_a_scale_and_the_picture_says_so(pairs, nano, drawn, tmp_path):
     files = []
     for i in (1, 2):
@@ -407,7 +421,11 @@ def test_merged_into_its_model(pairs, lora_of, tmp_path, half):
 
 
 def test_alone_it_is_no_model_to_convert(teach, tmp_path):
-    out = teach(tmp_path / "out", lora=2, steps=1)
-    for source in (out, out / "lora.safetensors"):
+    """A run, its file, and a run that was stopped."""
+    out = teach(tmp_path / "out", lora=2, steps=1, save_every=1)
+    stopped = shutil.copytree(out, tmp_path / "stopped")
+    (stopped / "lora.safetensors").unlink()
+    for source in (out, out / "lora.safetensors", stopped):
         with pytest.raises(InputError, match="LoRA.* --lora"):
             convert_weights.main(convert_weights.Settings(str(source), str(tmp_path / "converted")))
+    assert "step-000001/lora.safetensors" in refusal(tinydb.load, stopped)

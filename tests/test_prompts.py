@@ -52,13 +52,21 @@ def prompts_learnt(monkeypatch) -> list[list[list[str]]]:
 
 @pytest.mark.parametrize("content, caption", [
     (None, ""), (b"", ""), (b" a  [V] dog\r\n at night \n", "a [V] dog at night"),
-    (b"\xef\xbb\xbfa [V] dog", "a [V] dog"), ("ein Fuß".encode(), "ein Fuß"),
+    (b"\xef\xbb\xbfa [V] dog", "a [V] dog"), (b"a [v] dog", "a [V] dog"), ("ein Fuß".encode(), "ein Fuß"),
 ])
 def test_caption_is_the_text_beside_a_picture(tmp_path, content, caption):
     """In one line, whatever the editor."""
     if content is not None:
         (tmp_path / "my dog.1.txt").write_bytes(content)
     assert read_captions(tmp_path, ["my dog.1.jpg"]) == [caption]
+
+
+def test_names_in_capitals(photos, tmp_path):
+    folder = shutil.copytree(photos, tmp_path / "capitals")
+    name = next(iter(read_pictures(folder, 16)[0]))
+    (folder / name).with_suffix(".TXT").write_text("a red [V] dog")
+    pictures, remarks = read_pictures(folder, 16)
+    assert remarks == [] and read_captions(folder, [name]) == ["a red [V] dog"]
 
 
 def test_caption_that_is_no_text(tmp_path):
@@ -206,6 +214,11 @@ def test_own_class_pictures_have_captions_too(teach, nano, tmp_path, prompts_lea
     (drawn / "00001.txt").write_text("a photo of a dog\n")
     again = teach(tmp_path / "again", class_dir=str(drawn), steps=2)
     assert files(again / "model") == files(first / "model")
+
+
+def test_own_class_pictures_beyond_the_number_are_said(teach, photos, tmp_path, capsys):
+    teach(tmp_path / "out", class_dir=str(photos), class_images=2, steps=1)
+    assert "the first 2 of your 3 class images are used" in capsys.readouterr().err
 
 
 def test_class_prompt_that_names_the_subject_is_said_aloud(teach, tmp_path, capsys):

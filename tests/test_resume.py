@@ -27,8 +27,8 @@ import tinydb
 import train
 from tinydb.cli import Stopped, option
 from tinydb.config import InputError, ModelInfo
-from tinydb.run import Run
-from tinydb.storage import written_whole
+from tinydb.run import Run, StopSignal
+from tinydb.storage import model_folder, written_whole
 
 STATE = "state.exp_avg.safetensors"  # the largest file of a checkpoint
 
@@ -245,6 +245,12 @@ def test_finished_run_writes_its_model_again(teach, begun, photos, tmp_path):
     shutil.rmtree(out / "model")
     teach(out, steps=2, save_every=2, resume=True)
     assert files(out / "model") == files(begun / "model")
+
+
+def test_finished_run_that_goes_on_and_is_stopped_stands_for_its_checkpoint(teach, begun, tmp_path):
+    """Not for its earlier result, which knows less."""
+    out = stopped_at_step(teach, 1, copied(begun, tmp_path), steps=9, save_every=2, resume=True)
+    assert model_folder(out) == out / "checkpoints" / checkpoints(out)[-1] and checkpoints(out)[-1] > "step-000002"
 
 
 def test_scores_are_remembered(teach, small_clip, tmp_path, monkeypatch):
@@ -479,6 +485,20 @@ def test_signals_save_and_exit_with_130(nano, photos, tmp_path):
     assert checkpoints(out) == [f"step-{done:06d}"]
     again = start(tmp_path / "log", "train.py", *command_line(nano, photos, out, steps=done + 1), "--resume")
     assert again.wait() == 0 and steps_of(out) == list(range(1, done + 2))
+
+
+def test_hanging_up_that_nohup_ignores_stays_ignored():
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stop = StopSignal(rank=0)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.asked
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def test_a_terminal_that_goes_away_does_not_end_the_training(nano, photos, tmp_path):

@@ -67,6 +67,12 @@ def test_best_of_many_are_kept_and_say_their_scores(draw, small_clip, tmp_path, 
     assert again["seed"] == str(first) and "not taken over" not in capsys.readouterr().err
 
 
+def test_the_best_one_gets_the_name_that_was_asked_for(draw, small_clip, tmp_path):
+    name = str(tmp_path / "out" / "cover.png")
+    kept = draw("the dog", count=3, best=1, clip=str(small_clip), attention=True, out=name)
+    assert sorted(kept) == ["out/cover-attention.png", "out/cover.png"]
+
+
 def test_the_subject_counts_by_its_pictures(draw, teach, small_clip, tmp_path, capsys):
     """Where the run still knows where they are."""
     model = teach(tmp_path / "run", steps=1) / "model"
@@ -99,7 +105,7 @@ def test_pictures_of_a_folder_are_ranked(draw, nano, small_clip, photos, tmp_pat
     assert [Path(path).name for path, _ in ranked] == sorted(scores, key=lambda name: -scores[name])
     assert [score for _, score in ranked] == [f"CLIP text {value:.3f}" for value in sorted(scores.values())[::-1]]
     assert Path(last).name == "0000-best-of-the-dog.png" and sheet.width == 3 * 128
-    assert "broken.png is skipped" in printed.err
+    assert "broken.png is skipped" in printed.err and "0004-series.png is left out" in printed.err
     sample.main(sample.Settings(prompt=["the dog", "a cat"], weights=str(nano), among=str(folder), clip=str(small_clip),
                                 out=str(tmp_path / "two"), device="cpu"))
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [

@@ -115,6 +115,8 @@ class ClassImages:
             say(*self.remarks)
             if own and paths:
                 say(f"{len(own)} class images are yours; the model draws {len(paths)} more in {folder / self.key}")
+            elif len(own) < len(self.own):
+                say(f"the first {count} of your {len(self.own)} class images are used; --class-images says how many")
         self.draw(paths, dtype, rank, world_size, stop)
         if stop.asked_anywhere(self.sd.device):  # all ranks wait here for one another
             raise stop.stopped()

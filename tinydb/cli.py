@@ -162,6 +162,7 @@ def no_such_option(settings_class: type, name: str) -> str:
 def named_fields(settings_class: type, entries: dict[str, Any], source: str) -> dict[str, Any]:
     """The entries of a file, by the names of the settings' fields; `source` is for the error."""
     named = option_names(settings_class)
+    entries = {key.lstrip("-").replace("-", "_"): value for key, value in entries.items()}  # as flags are written
     for key in entries:
         require(key in named, f"{source}: {no_such_option(settings_class, key)}")
     return {named[key].name: value for key, value in entries.items()}

@@ -24,9 +24,9 @@ def read_pictures(folder: Path, size: int) -> tuple[dict[str, Image.Image], list
     require(folder.is_dir(), f"{folder}: not a folder; expected one with pictures in it")
     pictures, remarks = {}, []
     paths = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
-    picture_stems = {path.stem for path in paths if path.suffix != ".txt"}
+    picture_stems = {path.stem for path in paths if path.suffix.lower() != ".txt"}
     for path in paths:
-        if path.suffix == ".txt" and path.stem in picture_stems:
+        if path.suffix.lower() == ".txt" and path.stem in picture_stems:
             continue
         try:
             image = open_picture(path)

@@ -13,9 +13,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from tinydb.config import ModelInfo, require
-from tinydb.storage import read_tensors, save_tensors
+from tinydb.storage import LORA_FILE, read_tensors, save_tensors
 
-LORA_FILE = "lora.safetensors"
 PREFIXES = {"text_encoder": "lora_te", "unet": "lora_unet"}
 RENAMES = [  # kohya's names for those that diffusers gives, or once gave
     (r"\.processor\.(to_\w+)_lora\.", r".\1.lora."),

@@ -44,9 +44,11 @@ def read_templates(path: Path) -> tuple[str, ...]:
 
 
 def read_captions(folder: Path, names: Iterable[str]) -> list[str]:
-    """The text beside each picture, dog1.txt for dog1.jpg; empty where there is none."""
+    """The text beside each picture, dog1.txt for dog1.jpg; empty where there is none. [v] in it is [V]."""
     paths = [(folder / name).with_suffix(".txt") for name in names]
-    return [" ".join(read_text(path).split()) if path.exists() else "" for path in paths]
+    paths = [path if path.exists() else path.with_suffix(".TXT") for path in paths]
+    texts = [" ".join(read_text(path).split()) if path.exists() else "" for path in paths]
+    return [text.replace("[v]", PLACEHOLDER) for text in texts]
 
 
 def subject_prompts(captions: list[str], identifier: str, noun: str) -> list[str]:

@@ -13,8 +13,7 @@ from typing import Any
 from PIL import Image
 
 from tinydb.config import read_json
-from tinydb.lora_files import LORA_FILE
-from tinydb.storage import written_whole
+from tinydb.storage import LORA_FILE, checkpoints, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 
 PREVIEWS = 12  # at most on the page: one of Stable Diffusion's size is 2 MB
@@ -106,11 +105,10 @@ def sample_command(model: Path, class_noun: str) -> str:
 
 def command(out: Path, class_noun: str, result: Path, finished: bool) -> str:
     """How to sample from the result or, before there is one, from the newest checkpoint."""
-    checkpoints = sorted((path for path in (out / "checkpoints").glob("step-*") if path.name[5:].isdecimal()),
-                         key=lambda path: int(path.name[5:]))
-    if not finished and not checkpoints:
+    saved = checkpoints(out)
+    if not finished and not saved:
         return '<p class="note">Nothing is saved yet.</p>'
-    path = result if finished else checkpoints[-1] / (LORA_FILE if result.name == LORA_FILE else "")
+    path = result if finished else saved[-1] / (LORA_FILE if result.name == LORA_FILE else "")
     path = "OUT" / path.relative_to(out) if out.is_absolute() else path
     remark = '<p class="note">OUT is the folder of this page.</p>' if out.is_absolute() else ""
     return f"<code>{escape(sample_command(path, class_noun))}</code>{remark}"

@@ -8,7 +8,6 @@
 import json
 import math
 import os
-import re
 import signal
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -24,14 +23,14 @@ from PIL import Image
 from tinydb.cli import Stopped, extra, options_in_file, say
 from tinydb.config import as_text, read_json, require, write_json
 from tinydb.lora import updates_numel
-from tinydb.lora_files import LORA_FILE
 from tinydb.pictures import MOST_SHOWN, grid, save_png
 from tinydb.pipeline import StableDiffusion
 from tinydb.report import sample_command, write_report
-from tinydb.storage import check_free_disk, has_writer, lock, remove, written_whole
+from tinydb.storage import LORA_FILE, check_free_disk, checkpoints, has_writer, lock, remove, step_of, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 
-CAUSES = {  # what a fact stands for that a person can only see as a digest
+CAUSES = {  # what a fact stands for that a person knows by another name
+    "the run's world_size": " (torchrun's --nproc_per_node)",
     "the run's pictures": " (the files and texts in --images and --class-dir)",
     "the run's model": " (--weights, and how its recipe draws class images)",
 }
@@ -43,9 +42,11 @@ class StopSignal:
 
     def __init__(self, rank: int):
         self.asked, self.rank = False, rank
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # a dropped SSH line hangs up; Windows has no such signal
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self.receive)
+        signal.signal(signal.SIGINT, self.receive)
+        signal.signal(signal.SIGTERM, self.receive)
+        # a dropped SSH line hangs up, unless nohup has it ignored; Windows has no such signal
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self.receive)
 
     def receive(self, number: int, frame: object) -> None:
         if not self.asked and self.rank == 0:
@@ -88,12 +89,6 @@ def earlier_options(settings_class: type, given: Any) -> dict[str, Any]:
         return in_file
     noted = options_in_file(settings_class, str(config))
     return {name: value for name, value in noted.items() if name not in ("out", "weights")} | in_file  # moved, maybe
-
-
-def latest_state(folder: Path) -> Path:
-    """The folder itself or, where it is a run without a result yet, its newest checkpoint."""
-    run = Run(folder)
-    return run.checkpoints()[-1] if run.checkpoints() and not run.finished else folder
 
 
 class Run:
@@ -155,14 +150,16 @@ class Run:
         require(config.exists() or not visible,
                 f"{self.out} is not empty, and no run of this program; give another folder with --out")
         self.lock = lock(self.out / ".lock")
-        saved = self.checkpoints()
+        saved = checkpoints(self.out)
         if settings.resume:
             self.check_same(settings, facts, read_json(config))
-            done = self.step_of(saved[-1]) if saved else 0
+            done = step_of(saved[-1]) if saved else 0
             require(done <= settings.steps,
                     f"--steps {settings.steps}: the run in {self.out} is at step {done} already; give more")
             require(done > 0 or not self.finished,
                     f"--resume: the run in {self.out} is finished and kept no checkpoint; give another --out")
+            if done < settings.steps:  # from here on, what it knows is in its checkpoints
+                remove(self.result(settings))
         else:
             require(not saved and not self.finished,
                     f"{self.out} holds a run; continue it with --resume, or give this one a folder with --out")
@@ -196,26 +193,16 @@ class Run:
             result = 4 * updates_numel(parts, settings.lora, settings.lora_conv)
             moments = 2 * result
         due = math.ceil(settings.steps / settings.save_every) if settings.save_every else 0
-        checkpoints = min(due + 1, settings.keep + 2)  # one for Ctrl-C; the best one, and one under way
-        there = sum(file.stat().st_size for folder in self.checkpoints() for file in folder.rglob("*.safetensors"))
-        check_free_disk(self.out, (result + moments) * checkpoints + result - there,
+        most = min(due + 1, settings.keep + 2)  # one for Ctrl-C; the best one, and one under way
+        there = sum(file.stat().st_size for folder in checkpoints(self.out) for file in folder.rglob("*.safetensors"))
+        check_free_disk(self.out, (result + moments) * most + result - there,
                         "use --keep 1, --save-every 0 or another --out")
 
     # ---------------------------------------------------------------------------------------- checkpoints
 
-    @staticmethod
-    def step_of(checkpoint: Path) -> int:
-        """The step at which a checkpoint was written."""
-        return int(checkpoint.name.removeprefix("step-"))
-
     def checkpoint(self, step: int) -> Path:
         """The folder of the checkpoint at `step`."""
         return self.out / "checkpoints" / f"step-{step:06d}"
-
-    def checkpoints(self) -> list[Path]:
-        """The whole checkpoints of the run, oldest first; other names there are somebody else's."""
-        names = (self.out / "checkpoints").glob("step-*")
-        return sorted((path for path in names if re.fullmatch(r"step-\d{6,}", path.name)), key=self.step_of)
 
     def read_state(self, checkpoint: Path, now: dict[str, Any]) -> dict[str, Any]:
         """The state of a checkpoint; InputError where it is not whole, or of other class images than the state `now`
@@ -223,7 +210,7 @@ class Run:
         stored = read_json(checkpoint / "state.json")
         state = now | {name: value for name, value in stored.items() if name in now}
         numbers, scores = state["scaler"], state["scores"]
-        whole = (stored.keys() >= now.keys() - {"class_images", "scores"} and state["step"] == self.step_of(checkpoint)
+        whole = (stored.keys() >= now.keys() - {"class_images", "scores"} and state["step"] == step_of(checkpoint)
                  and isinstance(numbers, dict) and numbers.keys() == now["scaler"].keys()
                  and all(isinstance(number, float | int) for number in numbers.values())
                  and isinstance(scores, dict) and all(step.isdecimal() for step in scores)
@@ -237,8 +224,8 @@ class Run:
 
     def drop_checkpoints(self, keep: int, best_step: int | None) -> None:
         """Delete all but the newest `keep` checkpoints and the best one."""
-        for path in self.checkpoints()[:-keep]:
-            if self.step_of(path) != best_step:
+        for path in checkpoints(self.out)[:-keep]:
+            if step_of(path) != best_step:
                 remove(path)
 
     # ------------------------------------------------------------------------ what a person wants to see

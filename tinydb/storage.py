@@ -28,6 +28,7 @@ except ImportError:  # Windows has no such locks: there, two processes on one fo
 Model = TypeVar("Model", bound=nn.Module)
 
 MOST_PROBLEMS = 10  # that a message lists
+LORA_FILE = "lora.safetensors"
 WEIGHT_FILES = {"text_encoder": "model.safetensors", "unet": "diffusion_pytorch_model.safetensors",
                 "vae": "diffusion_pytorch_model.safetensors"}
 
@@ -244,15 +245,37 @@ def fingerprint(folder: Path, settings: str = "") -> str:
     return digest.hexdigest()[:12]
 
 
-def model_folder(name: str | Path) -> Path:
-    """The model folder of that name or, where it is a run's, the result in it: runs/dog means runs/dog/model.
-    InputError where it only holds model folders further down, as the hub's cache does."""
-    folder = Path(name)
+def step_of(checkpoint: Path) -> int:
+    """The step at which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The whole checkpoints in a run's folder, oldest first; other names there are somebody else's."""
+    names = (out / "checkpoints").glob("step-*")
+    return sorted((path for path in names if re.fullmatch(r"step-\d{6,}", path.name)), key=step_of)
+
+
+def newest_state(folder: Path) -> Path:
+    """What a run's folder stands for: the model in it, itself where it holds a LoRA file or, before there is either,
+    its newest checkpoint. Any other folder stands for itself."""
     if (folder / "model" / "model_index.json").exists():
         return folder / "model"
+    saved = [] if (folder / LORA_FILE).exists() else checkpoints(folder)
+    return saved[-1] if saved else folder
+
+
+def model_folder(name: str | Path) -> Path:
+    """The model folder of that name, or in a run of that name. InputError where there are only low-rank updates, or
+    model folders further down, as in the hub's cache."""
+    folder = newest_state(Path(name))
     if not (folder / "model_index.json").exists():
+        lora, again = folder / LORA_FILE, "python convert_weights.py MODEL NEW_MODEL --lora"
+        require(not lora.exists(), f"{name}: a run that learnt a LoRA, which is no model by itself; `{again} {lora}` "
+                                   "makes one of the model that it began with")
         inside = [path.parent for depth in ("*", "*/*") for path in sorted(folder.glob(f"{depth}/model_index.json"))]
         require(not inside, f"{folder}: not a model folder, but {', '.join(map(str, inside[:5]))} is; give that")
+        require(not (folder / ".lock").exists(), f"{folder}: a run that saved nothing yet; --resume goes on with it")
     return folder
 
 

@@ -31,12 +31,11 @@ from tinydb import cli
 from tinydb.cli import choose_device, option
 from tinydb.config import Checked, ModelInfo, read_json, require, write_json
 from tinydb.data import read_pictures
-from tinydb.lora_files import LORA_FILE
 from tinydb.pictures import grid, to_pixels
 from tinydb.pipeline import StableDiffusion
 from tinydb.prompts import NOUN, class_prompt, fill
 from tinydb.scores import NO_CLIP, TINY_NAME, choose_clip
-from tinydb.storage import fingerprint, written_whole
+from tinydb.storage import LORA_FILE, fingerprint, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 from judge import ATTRIBUTES, Judge, draw_batch, load_judge
 from world import (COLORS, PLACES, SUBJECTS, Scene, Subject, compose, full_caption, phrase, render, sample_scene,
@@ -62,7 +61,7 @@ class Arm:
 ARMS = {  # in the order in which they are run: what matters most comes first
     "the recipe": Arm(),
     "the paper": Arm(("--lora", "0", "--no-frozen-prior", "--lr-decay", "0"), captions=False, prior="plain"),
-    "the model itself": Arm(("--lora", "0")),
+    "the model itself": Arm(("--lora", "0")), "no convolutions": Arm(("--no-lora-conv",)),
     "diffusers (the paper)": Arm(captions=False, prior="plain", diffusers=True),
     "prior of noise": Arm(("--no-frozen-prior",)), "no captions": Arm(captions=False, prior="plain"),
     "plain prior": Arm(prior="plain"), "prior that names nothing asked": Arm(prior="unasked"),

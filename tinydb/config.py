@@ -361,7 +361,7 @@ class Recipe(Checked):
     lora: int | None = setting(None, least=0, most=1024)  # rank of low-rank updates; 0 or None is none
     lr_lora: float = setting(1e-4, above=0)  # of these, in the UNet
     lr_lora_text: float = setting(1e-4, above=0)  # and in the text encoder
-    lora_conv: bool = False  # whether convolutions have such updates as well
+    lora_conv: bool = False  # whether the convolutions of blocks without a transformer have them too
     save_every: int = setting(400, least=0)  # steps between checkpoints, of which each costs as much as 100 steps
     lr_decay: float = setting(0.0, least=0, most=1)  # last part of the steps, over which the rates fall to 0
     frozen_prior: bool = False  # whether the class images' target is what the model predicted before training

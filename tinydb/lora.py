@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from tinydb.clip import EncoderLayer
 from tinydb.config import require
-from tinydb.layers import ResnetBlock2D
 from tinydb.lora_files import name_in_file, read_lora
-from tinydb.unet import PixelLinear, Transformer2DModel
+from tinydb.unet import DownBlock, PixelLinear, Transformer2DModel, UpBlock
 
 
 class LowRank(nn.Module):
@@ -65,14 +64,15 @@ def without_updates(updates: nn.ModuleDict | None) -> Iterator[None]:
 
 def adapted_layers(part: str, model: nn.Module, convolutions: bool) -> dict[str, nn.Linear | nn.Conv2d]:
     """Every linear layer of the transformers in a "text_encoder" or "unet", by its name in a file; and, if asked for,
-    the `convolutions` of the residual blocks."""
+    the `convolutions` of those of the UNet's blocks that have no transformer."""
     layers = {}
     for path, block in model.named_modules():
         if isinstance(block, (EncoderLayer, Transformer2DModel)):
             layers |= {name_in_file(part, name): layer for name, layer in block.named_modules(prefix=path)
                        if isinstance(layer, (nn.Linear, PixelLinear))}
-        elif convolutions and isinstance(block, ResnetBlock2D):
-            layers |= {name_in_file(part, f"{path}.{name}"): getattr(block, name) for name in ("conv1", "conv2")}
+        elif convolutions and isinstance(block, (DownBlock, UpBlock)) and not block.attentions:
+            layers |= {name_in_file(part, f"{path}.resnets.{i}.{name}"): getattr(resnet, name)
+                       for i, resnet in enumerate(block.resnets) for name in ("conv1", "conv2")}
     return layers
 
 

@@ -270,9 +270,9 @@ def model_folder(name: str | Path) -> Path:
     model folders further down, as in the hub's cache."""
     folder = newest_state(Path(name))
     if not (folder / "model_index.json").exists():
-        lora, again = folder / LORA_FILE, "python convert_weights.py MODEL NEW_MODEL --lora"
-        require(not lora.exists(), f"{name}: a run that learnt a LoRA, which is no model by itself; `{again} {lora}` "
-                                   "makes one of the model that it began with")
+        lora = folder / LORA_FILE
+        require(not lora.exists(), f"{name}: a run that learnt a LoRA, which is no model by itself; merge it with "
+                                   f"its model: `python convert_weights.py MODEL NEW_MODEL --lora {lora}`")
         inside = [path.parent for depth in ("*", "*/*") for path in sorted(folder.glob(f"{depth}/model_index.json"))]
         require(not inside, f"{folder}: not a model folder, but {', '.join(map(str, inside[:5]))} is; give that")
         require(not (folder / ".lock").exists(), f"{folder}: a run that saved nothing yet; --resume goes on with it")

@@ -15,7 +15,7 @@ import train
 from tinydb import cli
 from tinydb.class_images import plain_noun
 from tinydb.cli import choose_device
-from tinydb.storage import fingerprint
+from tinydb.storage import WEIGHT_FILES, fingerprint
 
 
 @pytest.fixture
@@ -129,6 +129,16 @@ def test_the_folder_of_a_run_stands_for_its_model(command, nano, photos, tmp_pat
     assert code == 2 and "runs/dog/model is; give that" in error
     code, _, error = command("sample.py", "a dog", "-n1", "--steps=1", "--weights=runs/dog", "--device=cpu")
     assert code == 0 and "runs/dog/model on cpu" in error
+
+
+def test_fingerprint_tells_models_by_the_end_of_their_files(tmp_path):
+    prints = set()
+    for last in (b"a", b"b"):
+        for part, name in WEIGHT_FILES.items():
+            (tmp_path / part).mkdir(exist_ok=True)
+            (tmp_path / part / name).write_bytes(bytes(2**21) + last)
+        prints.add(fingerprint(tmp_path))
+    assert len(prints) == 2
 
 
 def test_weights_of_nowhere_have_no_fingerprint(tmp_path):

@@ -9,6 +9,7 @@ import sys
 import types
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,8 +83,8 @@ def narrow(pairs, monkeypatch):
     """Takes the small models for the real ones, so that files of other programs can be small."""
     for name, kind in (("SD1", "sd1"), ("SD2", "sd2")):
         config, real = pairs(kind).config, getattr(convert_weights, name)
-        monkeypatch.setattr(convert_weights, name, Description(config.text, config.unet, config.vae,
-                                                               real.schedule, real.info))
+        unet = replace(config.unet, upcast_attention=False)  # what SD 2.1 at 768 pixels has is for the program to set
+        monkeypatch.setattr(convert_weights, name, Description(config.text, unet, config.vae, real.schedule, real.info))
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +261,9 @@ def test_foreign_sd2(foreign, pairs, narrow, tmp_path, capsys, spread, says, ask
     sd = tinydb.load(convert(tmp_path / "other.safetensors", tmp_path / "back", prediction=asked,
                              tokenizer=str(pairs("sd1").folder / "tokenizer")))
     assert sd.schedule.config.prediction_type == expected
-    assert sd.unet.config.sample_size == (96 if expected == "v_prediction" else 8)
+    of_768 = expected == "v_prediction"
+    assert sd.unet.config.upcast_attention == of_768 and (sd.vae.config.sample_size == 768) == of_768
+    assert sd.unet.config.sample_size == (96 if of_768 else 8)
     assert sd.tokenizer.encode("dog")[0, -1] == 0
     for ours, reference in ((sd.text_encoder, pairs("sd2").sd.text_encoder), (sd.vae, pairs("sd2").sd.vae)):
         assert all(tensor.equal(reference.state_dict()[name]) for name, tensor in ours.state_dict().items())

@@ -380,7 +380,7 @@ def test_png_carries_its_text(tmp_path, prompt, negative, settings, text):
     assert describe(prompt, negative, "a", Steps=3, **settings) == text
     save_png(picture(), tmp_path / "new" / "a.png", text)
     image = Image.open(tmp_path / "new" / "a.png")
-    assert image.text == {"parameters": text} and not isinstance(image.text["parameters"], iTXt) or "犬" in text
+    assert image.text == {"parameters": text} and isinstance(image.text["parameters"], iTXt) == ("犬" in text)
     assert read_description(image) == (prompt, negative, {"Steps": "3", **{k: str(v) for k, v in settings.items()}})
 
 

@@ -22,7 +22,7 @@ from tinydb import run
 from tinydb.cli import Parser
 from tinydb.clip import CLIPTextModel
 from tinydb.config import InputError, ModelInfo
-from tinydb.data import Latents, random_batch
+from tinydb.data import Latents, random_batch, read_pictures
 from tinydb.lora import attach
 from tinydb.lora_files import name_in_file, read_lora, save_lora
 from tinydb.pipeline import StableDiffusion
@@ -104,6 +104,43 @@ def test_several_add_up_and_are_scaled(pairs, lora_of):
 def test_model_takes_over_what_the_file_was_taught(pairs, lora_of):
     info = merged(pairs("sd1").folder, (lora_of(pairs("sd1")), 1.0)).info
     assert (info.identifier, info.class_noun) == ("zwx", "cat")
+
+
+def test_a_step_is_that_of_a_plain_loop(teach, nano, photos, tmp_path):
+    """AdamW, on the clipped gradient: A, whose gradient is 0 as long as B is, only decays."""
+    out = teach(tmp_path / "out", lora=2, lr=1e-2, lr_text=5e-3, steps=1, prior_weight=9.0, save_every=1, batch=3,
+                class_dir=str(photos), class_images=3)
+    sd = tinydb.load(nano)
+    parts = attach({"unet": sd.unet, "text_encoder": sd.text_encoder}, 2, False, seed=0)
+    updates = nn.ModuleDict({**parts["unet"], **parts["text_encoder"]})
+    model = train.DreamBoothLoss(sd, [["a photo of ohwx dog"] * 3, ["a photo of a dog"] * 3], False, updates)
+    latents = Latents.of(read_pictures(photos, 16)[0].values(), sd.vae, sd.device)
+    losses = model(random_batch([latents, latents], [3, 3], 1000, seed=0, step=0))
+    (losses[0] + 9 * losses[1]).backward()
+    assert nn.utils.clip_grad_norm_(updates.parameters(), 1.0) > 1  # so that the clipping shows
+    optimizer = torch.optim.AdamW([{"params": list(parts["unet"].parameters()), "lr": 1e-2},
+                                   {"params": list(parts["text_encoder"].parameters()), "lr": 5e-3}], weight_decay=0.01)
+    optimizer.step()
+    ours = load_file(out / "lora.safetensors")
+    for name, tensor in updates.state_dict().items():
+        if "lora_down" in name:
+            torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-7)
+    moments = load_file(out / "checkpoints" / "step-000001" / "state.exp_avg.safetensors")
+    for name, p in updates.named_parameters():
+        torch.testing.assert_close(moments[f"exp_avg.lora.{name}"], optimizer.state[p]["exp_avg"], rtol=1e-3, atol=1e-6)
+
+
+def test_training_starts_from_the_model_as_it_is(teach, tmp_path):
+    plain, updated = (teach(tmp_path / f"{rank}", lora=rank, steps=1, save_every=0) for rank in (0, 2))
+    assert metrics(updated)[0] == pytest.approx(metrics(plain)[0], rel=1e-5)
+
+
+def test_updates_begin_alike_for_every_kernel_and_not_for_every_seed(pairs):
+    first, second = (attach({"unet": tinydb.load(pairs("sd1").folder).unet}, 4, True, seed)["unet"] for seed in (0, 1))
+    assert not any(torch.equal(first[name].lora_down.weight, second[name].lora_down.weight) for name in first)
+    sizes = [update.lora_down.weight.flatten(1).norm(dim=1).mean() / update.lora_down.weight.shape[1] ** 0.5
+             for update in first.values()]
+    assert max(sizes) < 1.5 * min(sizes)
 
 
 # ------------------------------------------------------------------------------------ files of other programs
@@ -209,11 +246,14 @@ def test_other_forms_mean_the_same(pairs, lora_of, tmp_path, form):
 def test_alpha_of_diffusers_is_in_its_metadata(pairs, lora_of, tmp_path):
     pair = pairs("sd1")
     file = lora_of(pair, rank=2, alpha=2.0)
-    note = json.dumps({"unet.lora_alpha": 4, "text_encoder.lora_alpha": 4, "unet.r": 2})
-    save_file(of_diffusers("peft", load_file(file), pair.sd), tmp_path / "other.safetensors",
+    tensors = load_file(file)
+    note = json.dumps({"unet.lora_alpha": 4, "text_encoder.lora_alpha": 6, "unet.r": 2})
+    save_file(of_diffusers("peft", tensors, pair.sd), tmp_path / "other.safetensors",
               metadata={"lora_adapter_metadata": note})
-    ours = weights_of(merged(pair.folder, (file, 2.0)))
-    assert_close(ours, weights_of(merged(pair.folder, (tmp_path / "other.safetensors", 1.0))))
+    save_file({name: (4.0 if "unet" in name else 6.0) + 0 * tensor if name.endswith(".alpha") else tensor
+               for name, tensor in tensors.items()}, tmp_path / "same.safetensors")
+    ours, theirs = (weights_of(merged(pair.folder, (tmp_path / f"{n}.safetensors", 1.0))) for n in ("same", "other"))
+    assert_close(ours, theirs)
 
 
 def test_convolutions_with_a_kernel(pairs, tmp_path):
@@ -297,10 +337,12 @@ def test_disk_for_updates_is_that_of_updates(pairs, monkeypatch, tmp_path, convo
     """The updates and their moments, and nothing of the model."""
     sd, asked = tinydb.load(pairs("sd1").folder), []
     monkeypatch.setattr(tinydb.run, "check_free_disk", lambda path, needed, cure: asked.append(needed))
-    run.Run(tmp_path / "out").check_disk(sd, train.Settings(lora=3, lora_conv=convolutions, steps=1,
-                                                             save_every=1, keep=1))
+    for steps in (1, 9):
+        run.Run(tmp_path / "out").check_disk(sd, train.Settings(lora=3, lora_conv=convolutions, steps=steps,
+                                                                 save_every=1, keep=1))
     numbers = sum(p.numel() for p in random_updates(sd, rank=3, convolutions=convolutions).parameters())
-    assert asked == [4 * numbers * (3 * 2 + 1)]  # two checkpoints, and the result
+    # the checkpoints that are there at once, and the result
+    assert asked == [4 * numbers * (3 * checkpoints + 1) for checkpoints in (2, 3)]
 
 
 def test_frozen_prior_is_the_model_without_its_updates(pair):
@@ -385,6 +427,18 @@ def test_run_in_the_box_that_was_moved_finds_the_box(tmp_path):
     assert "gone/weights/tiny, which is not there any more; give --weights" in text
 
 
+def test_each_line_has_its_own_lora_scale(nano, command, tmp_path):
+    save_lora(random_updates(tinydb.load(nano)), tmp_path / "some.safetensors", ModelInfo("zwx", "dog"))
+    lines = [json.dumps({"prompt": "[V] dog", "n": 1, "lora_scale": scale, "out": f"{scale}.png"})
+             for scale in (1.0, 0.5)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    code, _, error = command("sample.py", "--prompts=a.jsonl", f"--weights={nano}", "--lora=some.safetensors",
+                             "--device=cpu")
+    assert code == 0, error
+    expected = merged(nano, (tmp_path / "some.safetensors", 0.5)).generate("[V] dog")
+    assert difference([Image.open(tmp_path / "0.5.png")], expected) == 0
+
+
 def test_several_files_with_a_scale_and_the_picture_says_so(pairs, nano, drawn, tmp_path):
     files = []
     for i in (1, 2):
@@ -418,6 +472,18 @@ def test_merged_into_its_model(pairs, lora_of, tmp_path, half):
     assert ours.info.class_noun == "cat"
     for name, weight in weights_of(ours).items():
         torch.testing.assert_close(weight, weights_of(theirs)[name], rtol=1e-3 if half else 0, atol=1e-4 if half else 0)
+
+
+def test_updates_are_added_in_fp32(pairs, lora_of):
+    pair = pairs("sd1")
+    file = lora_of(pair)
+    low = tinydb.load(pair.folder, dtype=torch.float16)
+    low.add_lora(file, 0.7)
+    weight = weights_of(tinydb.load(pair.folder))
+    exact = weights_of(merged(pair.folder, (file, 0.7)))
+    for name, tensor in weights_of(low).items():
+        rounded = (weight[name].half().float() + exact[name] - weight[name]).half()
+        assert (tensor != rounded).float().mean() < 0.02, name
 
 
 def test_alone_it_is_no_model_to_convert(teach, tmp_path):

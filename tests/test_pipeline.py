@@ -329,3 +329,17 @@ def test_config_with_only_what_differs_from_the_defaults(folder, pairs):
     assert_same(tinydb.load(folder), pairs("sd1").sd)
     edit_json(path, scaling_factor=0.5)
     assert tinydb.load(folder).vae.config.scaling_factor == 0.5
+
+
+def test_steps_and_guidance_are_fp32_in_any_precision(pairs):
+    """The network alone is low; to amplify a difference of rounded numbers amplifies what was rounded."""
+    sd = tinydb.load(pairs("sd1").folder, dtype=torch.bfloat16)
+    seen = []
+    sd.unet.register_forward_hook(lambda unet, inputs, output: seen.append((inputs[0], output)))
+    [(latents, clean)] = sd.denoise("a dog", steps=1, guidance_scale=7.3, sampler="dpm")
+    [(noisy, prediction)] = seen
+    assert noisy.dtype == prediction.dtype == torch.bfloat16 and latents.dtype == torch.float32
+    uncond, cond = prediction.float().chunk(2)
+    start = sd.initial_latents([torch.Generator().manual_seed(0)], None)
+    expected, _ = sd.schedule.clean_and_noise(uncond + 7.3 * (cond - uncond), start, torch.tensor([999]))
+    torch.testing.assert_close(clean, expected, rtol=1e-5, atol=1e-5)

@@ -14,12 +14,14 @@ import torch
 from conftest import ROOT, TEXT, UNET, VAE, difference, edit_json, edit_tensors, names
 from PIL import Image, ImageOps
 from processes import limit_file_size, start
+from torch import Tensor
 
 import sample
 import tinydb
 from tinydb.attention import AttentionMaps, heat_map
 from tinydb.cli import Parser
 from tinydb.pictures import grid, save_png
+from tinydb.scores import Ranking
 
 
 @pytest.fixture
@@ -67,10 +69,48 @@ def test_best_of_many_are_kept_and_say_their_scores(draw, small_clip, tmp_path, 
     assert again["seed"] == str(first) and "not taken over" not in capsys.readouterr().err
 
 
+def test_the_subject_counts_by_its_pictures_with_lora(draw, teach, small_clip, tmp_path):
+    out = teach(tmp_path / "run", lora=2, steps=1)
+    for given in ({"weights": str(out)}, {"lora": str(out / "lora.safetensors")}):
+        [kept] = draw("[V] dog", count=2, best=1, clip=str(small_clip), **given).values()
+        assert "CLIP image: " in kept.info["parameters"]
+
+
+def test_pictures_of_a_folder_are_ranked_by_the_subject_too(draw, teach, photos, small_clip, tmp_path, capsys):
+    model = teach(tmp_path / "run", steps=1) / "model"
+    capsys.readouterr()
+    draw("[V] dog", among=str(photos), clip=str(small_clip), weights=str(model))
+    rows = capsys.readouterr().out.splitlines()[:-1]
+    assert len(rows) == 3 and all("CLIP text " in row and "CLIP image " in row for row in rows)
+
+
 def test_the_best_one_gets_the_name_that_was_asked_for(draw, small_clip, tmp_path):
     name = str(tmp_path / "out" / "cover.png")
     kept = draw("the dog", count=3, best=1, clip=str(small_clip), attention=True, out=name)
     assert sorted(kept) == ["out/cover-attention.png", "out/cover.png"]
+
+
+class Axes:
+    """A CLIP whose pictures are their own vectors."""
+
+    side = 8
+
+    def text(self, prompts: list[str]) -> Tensor:
+        self.asked = prompts
+        return torch.tensor([[1.0, 0.0, 0.0]] * len(prompts))
+
+    def images(self, pictures: list) -> Tensor:
+        return torch.tensor(pictures)
+
+
+def test_two_scores_count_the_same():
+    """However far each of them spreads; [V] is not asked of the prompt; likeness is the mean over the subject's."""
+    clip = Axes()
+    ranking = Ranking(clip, "[V] dog at night", [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    assert clip.asked == ["dog at night"]
+    scores = ranking.score([[0.9, 0.02, 0.0], [0.5, 0.05, 0.05], [0.1, 0.03, 0.03]])
+    assert [score["CLIP image"] for score in scores] == pytest.approx([0.01, 0.05, 0.03])
+    assert ranking.best() == [1, 0, 2]
 
 
 def test_the_subject_counts_by_its_pictures(draw, teach, small_clip, tmp_path, capsys):

@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (ROOT, TEXT, UNET, VAE, Pair, difference, files, loss_on_fixed_noise, metrics, names, prefixed,
-                      refusal)
+from conftest import (ROOT, TEXT, UNET, VAE, Pair, difference, edit_json, files, loss_on_fixed_noise, metrics, names,
+                      prefixed, refusal)
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from processes import arguments, raise_out_of_memory, start
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import tinydb
 import tinydb.run
@@ -35,6 +36,7 @@ from tinydb.pictures import grid, save_png
 from tinydb.cli import Parser, choose_dtype
 from tinydb.run import Run, memory_plan
 from tinydb.scores import Scorer
+from tinydb.vae import AutoencoderKL
 from train import DreamBoothLoss, Settings
 
 PROMPTS = ["a photo of ohwx dog", "a photo of a dog"]
@@ -135,7 +137,7 @@ def test_frozen_prior_holds_the_class_to_what_the_model_predicted(pairs):
 
 
 @pytest.mark.parametrize("settings, prior_weight", [
-    ({"batch": 4, "prior_weight": 0.7}, 0.7),
+    ({"batch": 4, "prior_weight": 1.7}, 1.7),
     ({"batch": 4, "prior_weight": 0.0, "lr_decay": 1.0}, 0),
     ({"batch": 2, "accumulate": 2, "recompute": True, "freeze_text": True, "lr": 1e-3}, 1),
 ], ids=["whole", "without-class-images", "in-parts"])
@@ -213,11 +215,44 @@ def test_recompute_runs_each_block_once_more_and_changes_nothing(teach, pairs, t
 @pytest.mark.parametrize("given, lr, lr_text", [
     ({}, 2e-6, 1e-6), ({"lr": 4e-6}, 4e-6, 2e-6), ({"lr_text": 3e-6}, 2e-6, 3e-6),
     ({"freeze_text": True}, 5e-6, None), ({"freeze_text": True, "lr": 4e-6, "lr_text": 1e-6}, 4e-6, None),
+    ({"lora": 8}, 4e-4, 3e-4), ({"lora": 8, "freeze_text": True}, 4e-4, None), ({"lora": 8, "lr": 8e-4}, 8e-4, 6e-4),
 ], ids=str)
 def test_learning_rates_come_from_the_recipe(given, lr, lr_text):
-    """The text encoder's follows --lr unless it is given; a frozen one has none."""
-    settings = Settings(images="rex", class_noun="dog", **given).resolve(Recipe(lr=2e-6, lr_text=1e-6))
+    """The text encoder's follows --lr unless it is given; a frozen one has none. Low-rank updates have their own."""
+    recipe = Recipe(lr=2e-6, lr_text=1e-6, lr_lora=4e-4, lr_lora_text=3e-4)
+    settings = Settings(images="rex", class_noun="dog", **given).resolve(recipe)
     assert (settings.lr, settings.lr_text) == (pytest.approx(lr), pytest.approx(lr_text))
+
+
+@pytest.mark.parametrize("decay, shares", [(0.0, [1, 1, 1, 1]), (0.5, [1, 1, 1, 0.5]), (1.0, [1, 0.75, 0.5, 0.25])])
+@pytest.mark.parametrize("lora", [0, 2])
+def test_rates_are_constant_and_then_fall_to_0(teach, tmp_path, decay, shares, lora):
+    rates = []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups]))
+    teach(tmp_path / "out", steps=4, save_every=0, prior_weight=0.0, lr_decay=decay, lora=lora, lr=1e-3, lr_text=5e-4)
+    hook.remove()
+    assert rates == [pytest.approx([1e-3 * share, 5e-4 * share]) for share in shares]
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({}, [6, 6]), ({"frozen_prior": True}, [6, 2]), ({"frozen_prior": True, "batch": 4}, [4, 2]),
+    ({"prior_weight": 0.0, "frozen_prior": True}, [6])], ids=str)
+def test_a_frozen_prior_takes_a_third_as_many_class_images(given, expected):
+    assert Settings(**{"batch": 6, **given}).examples_per_set == expected
+
+
+def test_the_vae_computes_in_fp32_whatever_the_precision(teach, tmp_path, monkeypatch):
+    dtypes = {}
+    for name in ("encode", "decode"):
+        def watched(self, x, name=name, original=getattr(AutoencoderKL, name)):
+            result = original(self, x)
+            dtypes.setdefault(name, set()).add((result[0] if name == "encode" else result).dtype)
+            return result
+
+        monkeypatch.setattr(AutoencoderKL, name, watched)
+    teach(tmp_path / "out", precision="bf16", steps=1, sample_every=1, save_every=0)
+    assert dtypes == {"encode": {torch.float32}, "decode": {torch.float32}}
 
 
 # ---------------------------------------------------------------------------------------------- a run
@@ -319,6 +354,15 @@ def test_model_notes_what_it_was_taught_and_the_run_ends_with_a_command(teach, n
     assert shlex.split(line) == ["python", "sample.py", "[V] red cat on the moon", "--weights", str(out / "model")]
 
 
+def test_base_of_a_model_that_was_taught_is_the_first_one(teach, nano, tmp_path):
+    """A name by which the CLIP in the box is found, and whose licence the result stays under."""
+    base = {"name": "a base", "license": "MIT"}
+    weights = Path(shutil.copytree(nano, tmp_path / "weights"))
+    edit_json(weights / "tinydb.json", base=base)
+    out = teach(tmp_path / "out", weights=str(weights), steps=1, prior_weight=0.0)
+    assert tinydb.load(out / "model").info.base == base
+
+
 def test_out_is_named_after_the_pictures(one_thread, nano, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(shutil.copytree(photos, tmp_path / "rex"))
     train.main(Settings(images=".", class_noun="dog", weights=str(nano), steps=1, save_every=0, device="cpu"))
@@ -372,6 +416,28 @@ def test_best_step_is_kept_and_named(teach, small_clip, tmp_path, monkeypatch, c
     printed = capsys.readouterr().out
     assert said in printed
     assert (str(out / "checkpoints" / f"step-00000{kept[0]}") in printed) == (kept[0] != 2 or keep == 1)
+
+
+def test_photographs_are_compared_with_each_other(photos, small_clip):
+    clip, pictures = tinydb.load_clip(small_clip), list(read_pictures(photos, 16)[0].values())
+    scorer = Scorer(clip, pictures, "dog")
+    features = clip.images(pictures)
+    text = clip.text(["a photo of dog", "dog on the moon", "dog under the sea", "dog wearing a red hat", "a red dog"])
+    others = [(features[i] @ features[j]).item() for i in range(3) for j in range(3) if i != j]
+    assert scorer.photographs == {"likeness": pytest.approx(sum(others) / 6, abs=1e-6),
+                                  "prompt": pytest.approx((features @ text.T).mean().item(), abs=1e-6)}
+
+
+@pytest.mark.parametrize("scores, best", [
+    ([(0.3, 0.3), (0.5, 0.2), (0.8, 0.13)], 2),  # no step fits the prompts as well as before training
+    ([(0.3, 0.2), (0.2, 0.2), (0.75, 0.1)], 1),  # less alike than before training is no worse than not alike
+    ([(0.3, 0.2), (0.8, 0.3), (0.95, 0.28)], 1),  # more alike than the pictures are to one another is no better
+])
+def test_best_step_weighs_both_scores(teach, small_clip, tmp_path, monkeypatch, capsys, scores, best):
+    scored(monkeypatch, scores)
+    teach(tmp_path / "out", steps=2, save_every=1, keep=2, clip=str(small_clip))
+    out = capsys.readouterr().out
+    assert (f"step {best} is the best" if best < 2 else "no earlier checkpoint is better") in out
 
 
 def test_without_a_clip_nothing_is_scored_or_recommended(teach, tmp_path, capsys):
@@ -707,6 +773,17 @@ def test_key_of_class_images(nano, tmp_path):
     keys = [key(nano), key(other), key(larger), key(nano, "cat"), key(nano, seed=1),
             key(nano, class_steps=3), key(nano, class_guidance=1.0), key(nano, class_sampler="dpm")]
     assert len(set(keys)) == len(keys)
+
+
+def test_key_of_class_images_tells_the_schedule_and_the_share(nano):
+    sd = tinydb.load(nano)
+
+    def key(prediction: str = "epsilon", share: float = 0.5) -> str:
+        sd.schedule = NoiseSchedule(replace(sd.schedule.config, prediction_type=prediction))
+        sd.info = replace(sd.info, recipe=replace(sd.info.recipe, class_prompts=("a red {noun}",), plain_share=share))
+        return ClassImages(sd, nano, "dog", 0).key
+
+    assert len({key(), key("v_prediction"), key(share=0.25)}) == 3
 
 
 @dataclass(frozen=True)

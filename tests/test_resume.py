@@ -247,6 +247,13 @@ def test_finished_run_writes_its_model_again(teach, begun, photos, tmp_path):
     assert files(out / "model") == files(begun / "model")
 
 
+def test_finished_run_that_cannot_go_on_keeps_its_result(teach, begun, tmp_path):
+    out = copied(begun, tmp_path)
+    (out / "checkpoints" / "step-000002" / STATE).unlink()
+    assert STATE in refusal(teach, out, steps=9, save_every=2, resume=True)
+    assert files(out / "model") == files(begun / "model")
+
+
 def test_finished_run_that_goes_on_and_is_stopped_stands_for_its_checkpoint(teach, begun, tmp_path):
     """Not for its earlier result, which knows less."""
     out = stopped_at_step(teach, 1, copied(begun, tmp_path), steps=9, save_every=2, resume=True)

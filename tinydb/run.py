@@ -158,8 +158,6 @@ class Run:
                     f"--steps {settings.steps}: the run in {self.out} is at step {done} already; give more")
             require(done > 0 or not self.finished,
                     f"--resume: the run in {self.out} is finished and kept no checkpoint; give another --out")
-            if done < settings.steps:  # from here on, what it knows is in its checkpoints
-                remove(self.result(settings))
         else:
             require(not saved and not self.finished,
                     f"{self.out} holds a run; continue it with --resume, or give this one a folder with --out")
@@ -247,6 +245,8 @@ class Run:
         self.track = open_tracker(tracker, self.out, settings, step)
         if step:
             say(f"going on from step {step}")
+        if step < settings.steps:  # a result of fewer steps goes: the checkpoint that was read knows as much
+            remove(self.result(settings))
         say(f"the run as a page: {self.out / 'report.html'}")
 
     def log(self, step: int, values: dict[str, float]) -> None:

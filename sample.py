@@ -188,12 +188,13 @@ def with_model(settings: Settings, newest: Path) -> Settings:
     elif settings.weights or not lora:
         return replace(settings, weights=str(weights))
     settings = replace(settings, lora=lora)
-    base = config_around(Path(settings.loras[0])).get("weights", str(TINY))
+    first = Path(settings.loras[0])
+    base = config_around(first).get("weights", str(TINY))
     require(isinstance(base, str), f"{lora}: the config.json of its run names no weights; give --weights")
     if not Path(base).is_dir():  # moved since then; the model in the box is here
-        _, about = read_lora(Path(settings.loras[0]))
+        _, about = read_lora(first)
         require(about.get("base") == ModelInfo.read(TINY / "tinydb.json").base,
-                f"{settings.loras[0]}: its run began with {base}, which is not there any more; give --weights")
+                f"{first}: its run began with {base}, which is not there any more; give --weights")
         base = str(TINY)
     return replace(settings, weights=base)
 
@@ -294,6 +295,7 @@ def keep_best(ranking: Ranking, paths: list[Path], settings: Settings) -> list[P
         paths[i].unlink()
         attention_path(paths[i]).unlink(missing_ok=True)
     for i in order[: settings.best]:
+        # a picture stays where it is, except that a single one gets the name of --out
         path = Path(settings.out) if settings.out_is_file and settings.best == 1 else paths[i]
         os.replace(paths[i], path)
         print(path)

@@ -140,16 +140,21 @@ def size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def as_name(flag: str) -> str:
+    """A flag as it is spelled in Python and in files: "--lora-scale" -> "lora_scale"."""
+    return flag.lstrip("-").replace("-", "_")
+
+
 def option_names(settings_class: type) -> dict[str, Field]:
     """The options, by every name that they go by in a file: that of the flag, that of the field, an older one."""
     named = {f.name: f for f in fields(settings_class)}
-    named |= {label(f).lstrip("-").replace("-", "_"): f for f in fields(settings_class)}
+    named |= {as_name(label(f)): f for f in fields(settings_class)}
     return named | {f.metadata["formerly"]: f for f in fields(settings_class) if "formerly" in f.metadata}
 
 
 def no_such_option(settings_class: type, name: str) -> str:
     """What to say of an option that is not there: what it is called here, or which option has a similar name."""
-    named, wanted = option_names(settings_class), name.lstrip("-").replace("-", "_")
+    named, wanted = option_names(settings_class), as_name(name)
     nearest = [ours for ours, others in ELSEWHERE.items() if ours in named and wanted in others.split()]
     nearest = nearest or difflib.get_close_matches(wanted, named, n=1)
     if not nearest:
@@ -162,7 +167,7 @@ def no_such_option(settings_class: type, name: str) -> str:
 def named_fields(settings_class: type, entries: dict[str, Any], source: str) -> dict[str, Any]:
     """The entries of a file, by the names of the settings' fields; `source` is for the error."""
     named = option_names(settings_class)
-    entries = {key.lstrip("-").replace("-", "_"): value for key, value in entries.items()}  # as flags are written
+    entries = {as_name(key): value for key, value in entries.items()}
     for key in entries:
         require(key in named, f"{source}: {no_such_option(settings_class, key)}")
     return {named[key].name: value for key, value in entries.items()}

@@ -28,9 +28,9 @@ except ImportError:  # Windows has no such locks: there, two processes on one fo
 Model = TypeVar("Model", bound=nn.Module)
 
 MOST_PROBLEMS = 10  # that a message lists
-LORA_FILE = "lora.safetensors"
 WEIGHT_FILES = {"text_encoder": "model.safetensors", "unet": "diffusion_pytorch_model.safetensors",
                 "vae": "diffusion_pytorch_model.safetensors"}
+LORA_FILE = "lora.safetensors"
 
 # Names that older and newer programs gave to the same tensors; None drops a buffer that is no weight.
 RENAMES = {

@@ -251,12 +251,12 @@ def convert_clip(folder: Path, dst: Path, half: bool) -> None:
     print(f"reading the weights of {folder}", flush=True)
     tensors = read_file(folder / weight_file(folder, "clip", [path.name for path in folder.iterdir()]))
     clip = build_clip(folder, CLIPConfig.read(folder / "config.json"), tensors)
-    check_finite(folder, "clip", clip.model, half)
+    check_numbers(folder, "clip", clip.model, half)
     clip.save(dst, torch.float16 if half else None)
     print(f"{dst}: written")
 
 
-def check_finite(src: Path, part: str, model: nn.Module, half: bool) -> None:
+def check_numbers(src: Path, part: str, model: nn.Module, half: bool) -> None:
     """InputError where a tensor holds NaN or infinity, or would in float16."""
     for name, tensor in model.state_dict().items():
         ends = torch.stack(tensor.float().aminmax())  # smallest and largest, which are NaN where one number is
@@ -269,7 +269,9 @@ def read_folder(folder: Path) -> tuple[Description, dict[str, dict[str, Tensor]]
     """A diffusers folder of any age: its description, and its tensors by part."""
     folder = model_folder(folder)
     index = next((folder / name for name in ("model_index.json", "config.json") if (folder / name).exists()), None)
-    kind = read_json(index).get("_class_name") if index else "folder without model_index.json"
+    kind = "folder without model_index.json"
+    if index:
+        kind = read_json(index).get("_class_name", "model of another library")
     require(kind == MODEL_INDEX["_class_name"], f"{folder}: a {kind}; expected a {MODEL_INDEX['_class_name']} (Stable "
                                                 "Diffusion 1.x or 2.x), not an SDXL, inpainting, ControlNet or LoRA")
     description = Description.read(folder)
@@ -461,7 +463,7 @@ def main(settings: Settings):
     if settings.lora:
         sd.add_lora(settings.lora)
     for part, model in models.items():
-        check_finite(src, part, model, settings.half)
+        check_numbers(src, part, model, settings.half)
         size += sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in model.state_dict().values())
     check_free_disk(dst, size, "give another folder" if settings.half else "use --half")
     print(f"writing {size / 1e9:.2f} GB to {dst}", flush=True)

@@ -139,8 +139,7 @@ def settings_in_lines(path: Path, given: Settings) -> list[Settings]:
         require(isinstance(entries, dict) and isinstance(entries.get("prompt"), str)
                 and not {"prompts", "from", "source"} & entries.keys(),
                 f'{source}: {line}; expected an object such as {{"prompt": "a dog", "seed": 3}}')
-        entries["prompt"] = [entries["prompt"]]
-        defaults = asdict(given) | cli.named_fields(Settings, entries, source)
+        defaults = asdict(given) | cli.named_fields(Settings, entries, source) | {"prompt": [entries["prompt"]]}
         try:
             jobs.append(cli.Parser(Settings, None).parse([], defaults))
         except InputError as error:

@@ -488,6 +488,8 @@ def test_folder_that_is_no_model(tmp_path):
     (tmp_path / "lora").mkdir()
     save_file({"x": torch.zeros(1)}, tmp_path / "lora" / "pytorch_lora_weights.safetensors")
     assert "without model_index.json" in refusal(tmp_path / "lora", tmp_path / "out")
+    (tmp_path / "lora" / "config.json").write_text('{"model_type": "llama"}')
+    assert "a model of another library" in refusal(tmp_path / "lora", tmp_path / "out")
 
 
 @pytest.mark.parametrize("change, reason", [

@@ -365,10 +365,11 @@ def test_lines_of_a_file_are_prompts_that_may_set_any_option(tmp_path):
     (tmp_path / "a.txt").write_text("a dog\n\na cat\n")
     jobs = read("a bird", "--prompts", str(tmp_path / "a.txt"), "--seed", "3")
     assert [(prompt, settings.seed) for prompt, settings in jobs] == [("a bird", 3), ("a dog", 3), ("a cat", 3)]
-    (tmp_path / "a.jsonl").write_text('{"prompt": "a dog", "seed": 4, "n": 1}\n{"prompt": "a cat", "size": "8x8"}')
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a dog", "seed": 4, "n": 1}\n{"prompt": "a cat", "size": "8x8"}\n'
+                                       '{"prompt": "a fox", "size": [8, 16]}')
     jobs = read("--prompts", str(tmp_path / "a.jsonl"), "--seed", "3")
     assert [(prompt, settings.seed, settings.count, settings.size) for prompt, settings in jobs] == [
-        ("a dog", 4, 1, None), ("a cat", 3, 4, (8, 8))]
+        ("a dog", 4, 1, None), ("a cat", 3, 4, (8, 8)), ("a fox", 3, 4, (8, 16))]
 
 
 def test_file_of_prompts_from_other_programs(tmp_path):

@@ -167,7 +167,7 @@ def no_such_option(settings_class: type, name: str) -> str:
 def named_fields(settings_class: type, entries: dict[str, Any], source: str) -> dict[str, Any]:
     """The entries of a file, by the names of the settings' fields; `source` is for the error."""
     named = option_names(settings_class)
-    entries = {as_name(key): value for key, value in entries.items()}
+    entries = {as_name(key): tuple(value) if isinstance(value, list) else value for key, value in entries.items()}
     for key in entries:
         require(key in named, f"{source}: {no_such_option(settings_class, key)}")
     return {named[key].name: value for key, value in entries.items()}

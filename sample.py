@@ -115,6 +115,7 @@ def settings_in_picture(given: Settings) -> dict[str, object]:
         left = ", ".join(f"{name} {described[name][:40]}" for name in foreign)
         say(f"{given.source}: not taken over: {left}")
     entries = {DESCRIBED[name]: value for name, value in described.items() if name in DESCRIBED and name not in foreign}
+    entries.setdefault("guidance_stop", 1.0)  # other programs, and our older pictures, never stop it
     entries |= {"prompt": [] if given.prompts else [prompt], "negative": negative, "count": 1}
     if "sampler" in entries:
         entries["sampler"] = samplers[entries["sampler"]]
@@ -323,6 +324,7 @@ def description(sd: StableDiffusion, weights: Path, image: Image.Image, prompt: 
                                     "size": f"{image.width}x{image.height}"}
     left_out = [] if settings.init else ["init", "strength"]
     left_out += [] if settings.lora else ["lora", "lora_scale"]
+    left_out += [] if settings.guidance_stop < 1 else ["guidance_stop"]
     about = {name: made_with[key] for name, key in DESCRIBED.items() if key not in left_out}
     about["RNG"] = "CPU"  # A1111 would draw its noise on the GPU
     about |= {name: f"{value:.4f}" for name, value in score.items()}

@@ -180,7 +180,7 @@ def our_class_images(sd: StableDiffusion, count: int, recipe: Recipe) -> None:
     for first in range(0, count, GROUP):
         prompts = [PROMPTS[1]] * min(GROUP, count - first)
         sd.generate(prompts, steps=recipe.class_steps, sampler=recipe.class_sampler,
-                    guidance_scale=recipe.class_guidance, seed=first)
+                    guidance_scale=recipe.class_guidance, guidance_stop=1.0, seed=first)
 
 
 def networks(model: Model) -> list[nn.Module]:
@@ -260,7 +260,7 @@ def draw_row(model: Model, name: str, count: int, goal: str) -> Row:
     """Pictures of 50 steps with guidance, all of them at once."""
     def sides() -> tuple[Measured, Measured]:
         sd, pipeline, prompts = model.ours(), model.theirs(), ["a dog on the moon"] * count
-        return (lambda: timed(lambda: sd.generate(prompts, steps=50, guidance_scale=7.5)),
+        return (lambda: timed(lambda: sd.generate(prompts, steps=50, guidance_scale=7.5, guidance_stop=1.0)),
                 lambda: timed(lambda: pipeline(prompts, num_inference_steps=50)))
 
     return Row(name, goal, sides, drawing_floor(model, count, 50))

@@ -48,9 +48,9 @@ def seeds(*numbers: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(number) for number in numbers]
 
 
-def stand_in(latents: Tensor, timesteps: Tensor) -> Tensor:
+def stand_in(latents: Tensor, timestep: int) -> Tensor:
     """A network of one line: its predictions bend with the latents and with time."""
-    return torch.tanh(latents) * (0.5 + timesteps.view(-1, 1, 1, 1) / 1000)
+    return torch.tanh(latents) * (0.5 + timestep / 1000)
 
 
 def draw(schedule: NoiseSchedule, denoiser: Callable, latents: Tensor, steps: int, sampler: str = "ddim",
@@ -131,8 +131,8 @@ def test_ddim_with_the_true_noise_arrives_at_the_clean_latents(config):
     """The last step lands on timestep 0, whose little noise stays, as in Stable Diffusion."""
     schedule, clean, noise = NoiseSchedule(config), normal(0), normal(1)
 
-    def oracle(latents: Tensor, timesteps: Tensor) -> Tensor:
-        return schedule.target(clean, noise, timesteps)
+    def oracle(latents: Tensor, timestep: int) -> Tensor:
+        return schedule.target(clean, noise, torch.full((len(clean),), timestep))
 
     first = torch.full((len(clean),), ddim_timesteps(schedule, 20)[0])
     start = schedule.add_noise(clean, noise, first)
@@ -184,8 +184,7 @@ def test_sampler_goes_where_the_equation_leads(monkeypatch, sampler):
         abar = schedule.alphas_cumprod[timestep].item()
         return math.sqrt(abar * s**2 + 1 - abar)
 
-    def best_prediction(latents: Tensor, timesteps: Tensor) -> Tensor:
-        timestep = timesteps[0].item()
+    def best_prediction(latents: Tensor, timestep: int) -> Tensor:
         return latents * math.sqrt(1 - schedule.alphas_cumprod[timestep].item()) / spread(timestep) ** 2
 
     latents = draw(schedule, best_prediction, normal(0), 100, sampler)[-1][0]
@@ -202,18 +201,28 @@ class Recorder:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, text_embeds: Tensor) -> Tensor:
-        self.calls.append((len(latents), len(timesteps), len(text_embeds)))
-        return latents * text_embeds.mean(dim=(1, 2)).view(-1, 1, 1, 1) + timesteps.view(-1, 1, 1, 1)
+    def __call__(self, latents: Tensor, timestep: int, text_embeds: Tensor) -> Tensor:
+        self.calls.append((len(latents), timestep, len(text_embeds)))
+        return latents * text_embeds.mean(dim=(1, 2)).view(-1, 1, 1, 1) + timestep
+
+
+COND, UNCOND = torch.tensor([2.0, 3.0, 4.0]).view(-1, 1, 1), torch.tensor([-1.0, 0.0, 5.0]).view(-1, 1, 1)
 
 
 @pytest.mark.parametrize("scale, forwards_of", [(7.5, 6), (0.0, 6), (1.0, 3)])
 def test_guidance(scale, forwards_of):
     """uncond + scale * (cond - uncond) from one forward; at scale 1 of the conditional half only."""
-    latents, timesteps = normal(0), torch.tensor([1, 2, 3])
-    cond, uncond = torch.tensor([2.0, 3.0, 4.0]), torch.tensor([-1.0, 0.0, 5.0])
     model = Recorder()
-    found = guided(model, cond.view(-1, 1, 1), uncond.view(-1, 1, 1), scale)(latents, timesteps)
-    factor = (uncond + scale * (cond - uncond)).view(-1, 1, 1, 1)
-    torch.testing.assert_close(found, latents * factor + timesteps.view(-1, 1, 1, 1))
-    assert model.calls == [(forwards_of,) * 3]
+    found = guided(model, COND, UNCOND, scale)(normal(0), 500)
+    torch.testing.assert_close(found, normal(0) * (UNCOND + scale * (COND - UNCOND)).unsqueeze(1) + 500)
+    assert model.calls == [(forwards_of, 500, forwards_of)]
+
+
+def test_guidance_stops():
+    """From timestep `stop` on, the conditional prediction alone."""
+    model = Recorder()
+    denoiser = guided(model, COND, UNCOND, 3.0, stop=500)
+    before, after = denoiser(normal(0), 501), denoiser(normal(0), 500)
+    assert [pictures for pictures, _, _ in model.calls] == [6, 3]
+    torch.testing.assert_close(before, normal(0) * (UNCOND + 3 * (COND - UNCOND)).unsqueeze(1) + 501)
+    torch.testing.assert_close(after, normal(0) * COND.unsqueeze(1) + 500)

@@ -71,6 +71,22 @@ def test_dpm_draws_the_picture_that_diffusers_draws(pair):
     assert difference(images, expected) <= 2
 
 
+def test_guidance_stops_as_in_diffusers(pair):
+    """Its documentation does it by a callback, which leaves the negative prompt out after the third step."""
+    def stop(pipeline, step, timestep, tensors):
+        if step == 2:
+            pipeline._guidance_scale = 1.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[1]
+        return tensors
+
+    latents = starting_noise(pair)
+    expected = reference_images(pair.reference, latents, num_inference_steps=8, guidance_scale=7.5,
+                                callback_on_step_end=stop, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    options = {"steps": 8, "guidance_scale": 7.5, "latents": latents}
+    assert difference(pair.sd.generate(PROMPT, guidance_stop=0.4, **options), expected) <= 2
+    assert difference(pair.sd.generate(PROMPT, **options), expected) > 2
+
+
 @pytest.mark.parametrize("strength", [0.39, 1.0])
 def test_drawing_over_a_picture_as_diffusers_does(pair, strength):
     """With strength 0.39 the last 3 of 10 steps."""

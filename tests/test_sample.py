@@ -267,8 +267,8 @@ def test_picture_says_how_it_was_made(draw, nano, tmp_path):
         "Steps: 3, Sampler: DDIM, CFG scale: 2.0, Seed: 4, Size: 24x16, Eta DDIM: 0.5, "
         f"Model: {weights}, RNG: CPU, Template: [V] dog")
     assert "2 pictures of: [V] dog" in sheet.text["parameters"]
-    [other] = draw("a dog", sampler="dpm", guidance_scale=1.5, steps=2).values()
-    assert "Steps: 2, Sampler: DPM++ 2M, CFG scale: 1.5, Seed: 0" in other.text["parameters"]
+    [other] = draw("a dog", sampler="dpm", guidance_scale=1.5, guidance_stop=0.5, steps=2).values()
+    assert "Steps: 2, Sampler: DPM++ 2M, CFG scale: 1.5, Guidance stop: 0.5, Seed: 0" in other.text["parameters"]
 
 
 # ------------------------------------------------------------------------------------ to watch and to look into
@@ -401,7 +401,7 @@ def test_file_of_prompts_that_cannot_be_used(command, tmp_path, name, text, word
 
 @pytest.mark.parametrize("options", [
     {"negative": "the dog", "seed": 5, "steps": 4, "eta": 0.5, "size": (24, 16)},
-    {"sampler": "dpm", "guidance_scale": 1.5},
+    {"sampler": "dpm", "guidance_scale": 1.5}, {"guidance_stop": 0.5},
 ], ids=lambda options: next(iter(options)))
 def test_picture_is_drawn_again_from_what_it_says(draw, tmp_path, options):
     [(path, first)] = draw("a dog, on the moon", **options).items()
@@ -462,7 +462,8 @@ def write_text(path: Path, text: str) -> Path:
 def test_picture_of_another_program(tmp_path, capsys, text, expected, told):
     """What it says is taken over, and what cannot be is told."""
     [(prompt, settings)] = read("--from", str(write_text(tmp_path / "a.png", text)))
-    expected = {"prompt": ["a dog"], "steps": 7, "sampler": "ddim", "weights": None, "eta": 0.0, **expected}
+    expected = {"prompt": ["a dog"], "steps": 7, "sampler": "ddim", "weights": None, "eta": 0.0,
+                "guidance_stop": 1.0, **expected}
     assert {name: getattr(settings, name) for name in expected} == expected and prompt == settings.prompt[0]
     said = capsys.readouterr().err
     assert [words for words in told if words not in said] == [] and len(said) < 1500 and bool(said) == bool(told)

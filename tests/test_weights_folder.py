@@ -146,7 +146,8 @@ def test_diffusers_opens_the_folder_and_draws_the_same_pictures(tiny: tinydb.Sta
     prompts = ["a red dog on the moon", "a green teapot in the snow"]
     latents = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(0))
     expected = pipeline(prompts, num_inference_steps=10, guidance_scale=4.0, latents=latents).images
-    images = tinydb.load(folder).generate(prompts, steps=10, guidance_scale=4.0, latents=latents)
+    images = tinydb.load(folder).generate(prompts, steps=10, guidance_scale=4.0, guidance_stop=1.0,
+                                            latents=latents)
     assert difference(images, expected) <= 2
 
 

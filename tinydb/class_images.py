@@ -140,7 +140,7 @@ class ClassImages:
             seeds = [(self.seed + i) % (LAST_SEED + 1) for i in group]
             prompts = [self.prompt(i) for i in group]
             images = sd.generate(prompts, steps=recipe.class_steps, sampler=recipe.class_sampler,
-                                 guidance_scale=recipe.class_guidance, seed=seeds[0])
+                                 guidance_scale=recipe.class_guidance, guidance_stop=1.0, seed=seeds[0])
             for i, image, prompt, seed in zip(group, images, prompts, seeds):
                 about = describe(prompt, "", self.sd.identifier, Steps=recipe.class_steps,
                                  Sampler=SAMPLERS[recipe.class_sampler].name, Seed=seed,

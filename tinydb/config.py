@@ -373,6 +373,7 @@ class Recipe(Checked):
     plain_share: float = setting(0.75, least=0, most=1)  # of the class images, where there are templates
     sample_steps: int = setting(50, least=1)
     guidance: float = 7.5
+    guidance_stop: float = setting(1.0, least=0, most=1)  # part of the steps after which there is none
 
 
 @dataclass(frozen=True)

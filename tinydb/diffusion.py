@@ -155,26 +155,27 @@ def sampler_timesteps(schedule: NoiseSchedule, sampler: str, steps: int) -> list
     return SAMPLERS[sampler].timesteps(schedule, steps)
 
 
-def guided(model: Callable[[Tensor, Tensor, Tensor], Tensor], text_embeds: Tensor, negative_embeds: Tensor,
-           guidance_scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+def guided(model: Callable[[Tensor, int, Tensor], Tensor], text_embeds: Tensor, negative_embeds: Tensor,
+           guidance_scale: float, stop: int = -1) -> Callable[[Tensor, int], Tensor]:
     """Classifier-free guidance (arXiv 2207.12598, equation 6): uncond + guidance_scale * (cond - uncond).
 
     `text_embeds` and `negative_embeds`, of the empty prompt as a rule, are (B, T, C): pretraining left out the caption
     of some pictures, so the model knows pictures without one. Both predictions come from one forward of twice the
-    batch; at scale 1 the formula leaves only the conditional one, and only that is computed.
+    batch. At scale 1 the formula leaves only the conditional one, and only that is computed; and so from timestep
+    `stop` on: with little noise left, guidance exaggerates details that are right by then (arXiv 2404.07724).
     """
     both_embeds = torch.cat([negative_embeds, text_embeds])
 
-    def denoiser(latents: Tensor, timesteps: Tensor) -> Tensor:
-        if guidance_scale == 1:
-            return model(latents, timesteps, text_embeds)
-        uncond, cond = model(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), both_embeds).chunk(2)
+    def denoiser(latents: Tensor, timestep: int) -> Tensor:
+        if guidance_scale == 1 or timestep <= stop:
+            return model(latents, timestep, text_embeds)
+        uncond, cond = model(latents.repeat(2, 1, 1, 1), timestep, both_embeds).chunk(2)
         return uncond + guidance_scale * (cond - uncond)
 
     return denoiser
 
 
-def sample(schedule: NoiseSchedule, denoiser: Callable[[Tensor, Tensor], Tensor], latents: Tensor, sampler: str,
+def sample(schedule: NoiseSchedule, denoiser: Callable[[Tensor, int], Tensor], latents: Tensor, sampler: str,
            timesteps: list[int], fresh: FreshNoise) -> Iterator[tuple[Tensor, Tensor]]:
     """From the noise of the first of `timesteps` to clean latents (B, C, h, w), by the sampler's last step.
 
@@ -184,7 +185,7 @@ def sample(schedule: NoiseSchedule, denoiser: Callable[[Tensor, Tensor], Tensor]
     earlier = None
     for timestep, next_timestep in zip(timesteps, [*timesteps[1:], 0]):
         here = torch.full((len(latents),), timestep, device=latents.device)  # (B,)
-        clean, noise = schedule.clean_and_noise(denoiser(latents, here), latents, here)
+        clean, noise = schedule.clean_and_noise(denoiser(latents, timestep), latents, here)
         now = Estimate(timestep, clean, noise)
         latents = SAMPLERS[sampler].step(schedule, now, next_timestep, earlier, fresh)
         earlier = now

@@ -50,6 +50,9 @@ class Sampling(Checked):
     guidance_scale: float | None = option(None, "how closely to follow the prompt: classifier-free guidance, 1 is none "
                                                 "(default: the model's recipe)", flag="--guidance",
                                           described="CFG scale")
+    guidance_stop: float | None = option(None, "part of the steps after which guidance stops, which keeps details and "
+                                               "halves the rest of the work; 1 is never (default: the model's recipe)",
+                                         least=0, most=1, described="Guidance stop")
     seed: int = option(0, "picture i starts from noise of seed + i; the same seed is the same picture",
                        least=0, most=LAST_SEED, described="Seed")
     size: tuple[int, ...] | None = option(None, "WIDTHxHEIGHT in pixels (default: what the model was trained on)",
@@ -153,12 +156,14 @@ class StableDiffusion:
             latents = self.initial_latents(generators, sampling.size)
         require(len(latents) == len(prompts), f"{len(latents)} latents for {len(prompts)} prompts; expected as many")
 
-        def predict(noisy: Tensor, timestep: Tensor, text_embeds: Tensor) -> Tensor:
-            return self.unet(noisy.to(self.dtype), timestep, text_embeds).float()
+        def predict(noisy: Tensor, timestep: int, text_embeds: Tensor) -> Tensor:
+            timesteps = torch.full((len(noisy),), timestep, device=noisy.device)  # (B,)
+            return self.unet(noisy.to(self.dtype), timesteps, text_embeds).float()
 
         text_embeds, negative_embeds = (self.encode_prompt(texts)
                                         for texts in (prompts, [sampling.negative] * len(prompts)))
-        denoiser = guided(predict, text_embeds, negative_embeds, sampling.guidance_scale)
+        stop = [*timesteps, 0][int(sampling.guidance_stop * len(timesteps))]
+        denoiser = guided(predict, text_embeds, negative_embeds, sampling.guidance_scale, stop)
         yield from sample(self.schedule, denoiser, latents.to(self.device, torch.float32), sampling.sampler, timesteps,
                           FreshNoise(sampling.eta, generators))
 
@@ -169,7 +174,7 @@ class StableDiffusion:
         prompts     a text, or a list of them; [V] is the subject that train.py taught
         latents     (B, C, h, w) to start from in place of the seeds' noise
         init        a PIL image to draw over: it is noised, and only the last `strength` of the steps are taken
-        settings    those of `Sampling`: steps, guidance_scale, seed, size, negative, strength, sampler, eta
+        settings    those of `Sampling`: steps, guidance_scale, guidance_stop, seed, size, negative, strength, sampler, eta
 
         Raises InputError, one line with what was expected, for what the model cannot draw.
         """
@@ -180,8 +185,8 @@ class StableDiffusion:
     def with_recipe(self, sampling: Sampling) -> Sampling:
         """The sampling with the recipe's numbers where nothing was given."""
         recipe = self.info.recipe
-        return replace(sampling, steps=recipe.sample_steps if sampling.steps is None else sampling.steps,
-                       guidance_scale=recipe.guidance if sampling.guidance_scale is None else sampling.guidance_scale)
+        usual = {"steps": recipe.sample_steps, "guidance_scale": recipe.guidance, "guidance_stop": recipe.guidance_stop}
+        return replace(sampling, **{name: value for name, value in usual.items() if getattr(sampling, name) is None})
 
     def noised(self, init: Image.Image, timestep: int, generators: list[torch.Generator]) -> Tensor:
         """Where drawing over a picture begins (SDEdit, arXiv 2108.01073): its latents with the noise of `timestep`,

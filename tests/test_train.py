@@ -727,19 +727,20 @@ def drawings(monkeypatch) -> list[list[str]]:
 
 @pytest.mark.parametrize("sampler, name", [("ddim", "DDIM"), ("dpm", "DPM++ 2M")])
 def test_class_images_are_what_the_model_draws_of_the_class(teach, nano, tmp_path, sampler, name):
-    """Picture i from seed + i, by the recipe's sampler."""
+    """Picture i from seed + i, by the recipe's sampler, with guidance in all steps."""
     sd = tinydb.load(nano)
-    sd.info = replace(sd.info, recipe=replace(sd.info.recipe, class_sampler=sampler))
+    sd.info = replace(sd.info, recipe=replace(sd.info.recipe, class_sampler=sampler, class_guidance=9.0,
+                                                guidance_stop=0.5))
     sd.save(tmp_path / "model")
     out = teach(tmp_path / "out", weights=str(tmp_path / "model"), class_images=10, seed=7, steps=1)
     [folder] = (out / "class_images").iterdir()
     images = [Image.open(path) for path in sorted(folder.glob("*.png"))]
     assert len(images) == 10
-    expected = tinydb.load(nano).generate(["a photo of a dog"] * 10, steps=2, sampler=sampler, guidance_scale=2.0,
+    expected = tinydb.load(nano).generate(["a photo of a dog"] * 10, steps=2, sampler=sampler, guidance_scale=9.0,
                                           seed=7)
     assert difference(images, expected) <= 1
     assert images[9].text["parameters"] == (
-        f"a photo of a dog\nNegative prompt: \nSteps: 2, Sampler: {name}, Seed: 16, CFG scale: 2.0")
+        f"a photo of a dog\nNegative prompt: \nSteps: 2, Sampler: {name}, Seed: 16, CFG scale: 9.0")
 
 
 def test_class_images_of_an_earlier_run_are_used_as_they_are(teach, tmp_path, monkeypatch):
@@ -769,7 +770,7 @@ def test_key_of_class_images(nano, tmp_path):
     sd.save(other)
     config = json.loads((larger / "unet" / "config.json").read_text())
     (larger / "unet" / "config.json").write_text(json.dumps({**config, "sample_size": 16}))
-    assert key(copied) == key(nano) == key(nano, lr=1.0, class_images=9)
+    assert key(copied) == key(nano) == key(nano, lr=1.0, class_images=9, guidance_stop=0.5)
     keys = [key(nano), key(other), key(larger), key(nano, "cat"), key(nano, seed=1),
             key(nano, class_steps=3), key(nano, class_guidance=1.0), key(nano, class_sampler="dpm")]
     assert len(set(keys)) == len(keys)

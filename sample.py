@@ -39,10 +39,10 @@ from tinydb.pipeline import LAST_SEED, Sampling, StableDiffusion
 from tinydb.prompts import read_text
 from tinydb.run import config_around
 from tinydb.scores import NO_CLIP, Ranking, choose_clip, subject_pictures
-from tinydb.storage import LORA_FILE, existing_parent, model_folder, newest_state
+from tinydb.storage import BOX, LORA_FILE, existing_parent, model_folder, newest_state
 from tinydb.tokenizer import PLACEHOLDER
 
-TINY = Path(__file__).parent / "weights" / "tiny"
+TINY = BOX / "tiny"
 GROUP = 4  # pictures drawn at once; guidance doubles it
 SERIES = 16  # prompts, and pictures of each, at most that come together on one sheet
 SHEET = re.compile(r".*-(grid|series|attention)\.png|\d+-best-of-.*\.png|(.*-)?preview\.png")  # not for --among
@@ -58,7 +58,7 @@ class Settings(Sampling):
     prompts: str | None = option(None, "file with a prompt on each line; in a .jsonl file, an object with any options")
     source: str | None = option(None, "PNG of sample.py or A1111 to draw again with its own options, except those that "
                                       "are given here", flag="--from", metavar="PICTURE")
-    weights: str | None = option(None, "model folder, or the OUT of a run (default: the newest in runs/, else "
+    weights: str | None = option(None, "model folder, or the OUT of a run (default: what finished last in runs/, else "
                                        "weights/tiny)", described="Model")
     lora: str | None = option(None, "LoRA file to add to the model, or several, with commas between", metavar="FILE",
                               described="Lora")
@@ -102,7 +102,7 @@ def settings_in_picture(given: Settings) -> dict[str, object]:
     try:
         with Image.open(given.source, formats=["PNG"]) as image:
             prompt, negative, described = read_description(image)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"--from {given.source}: {error}; expected a PNG that sample.py or A1111 wrote") from None
     samplers = {each.name: key for key, each in SAMPLERS.items()}
     if described.get("Sampler") == "DDIM" and "Eta" in described:  # so our older pictures call it
@@ -200,7 +200,7 @@ def with_model(settings: Settings, newest: Path) -> Settings:
 
 
 def advise(sd: StableDiffusion, weights: Path, prompt: str, negative: str) -> None:
-    """Say on stderr what of a prompt will not do what its writer hopes."""
+    """Warn on stderr where a prompt will not work as written."""
     noun = sd.info.class_noun
     if PLACEHOLDER in prompt and noun is None:
         say(f"{weights} was taught no subject, so {PLACEHOLDER}, read as {sd.identifier!r}, means nothing to it; teach "

@@ -42,15 +42,14 @@ from tinydb.layers import ResnetBlock2D
 from tinydb.lora import attach, without_updates
 from tinydb.lora_files import save_lora
 from tinydb.pictures import no_picture_in, pictures_digest
-from tinydb.pipeline import DEFAULT_IDENTIFIER, StableDiffusion, load
+from tinydb.pipeline import DEFAULT_IDENTIFIER, LAST_SEED, StableDiffusion, load
 from tinydb.prompts import prompt_remarks, read_captions, subject_prompts
 from tinydb.run import Run, StopSignal, check_finite, check_shared_device, earlier_options, memory_plan, usual_folder
 from tinydb.scores import Scorer, choose_clip
-from tinydb.storage import (LORA_FILE, WEIGHT_FILES, check_tensors, checkpoints, model_folder, read_tensors,
+from tinydb.storage import (BOX, LORA_FILE, WEIGHT_FILES, check_tensors, checkpoints, model_folder, read_tensors,
                             save_tensors, written_whole)
 from tinydb.unet import Transformer2DModel
 
-TINY = Path(__file__).parent / "weights" / "tiny"
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -63,13 +62,13 @@ class Settings(Checked):
 
     images: str = option("", "folder with 3 to 6 pictures of your subject", free=True)
     class_noun: str = option("", "what it is, in a word the model knows: dog, teapot", flag="--class", metavar="NOUN")
-    weights: str = option(str(TINY), "model folder to start from", free=True)
+    weights: str = option(str(BOX / "tiny"), "model folder to start from", free=True)
     out: str | None = option(None, "folder to write (default: runs/<name of IMAGES>)", free=True)
     identifier: str = option(DEFAULT_IDENTIFIER, "the word that will name your subject; a rare one without a meaning")
     steps: int | None = option(None, "training steps (default: the model's recipe)", least=1, free=True)
     batch: int | None = option(None, "pictures of your subject at once (default: recipe)", least=1, most=10**4)
     accumulate: int = option(1, "micro-steps per step: a larger batch in the same memory", least=1, most=10**4)
-    freeze_text: bool = option(False, "train the UNet alone: less memory, a little less likeness")
+    freeze_text: bool = option(False, "train the UNet alone: less memory, less likeness")
     lora: int | None = option(None, "rank of low-rank updates, learnt beside a model that stays as it is; 0 trains the "
                                     "model itself (default: recipe)", metavar="RANK", least=0, most=1024)
     lora_conv: bool | None = option(None, "with --lora, also of the convolutions of blocks that have no "
@@ -91,7 +90,7 @@ class Settings(Checked):
     recompute: bool = option(False, "keep fewer activations and recompute them: less memory, slower", free=True,
                              formerly="checkpointing")
     offload: bool = option(False, "keep fp32 weights and optimizer on the CPU, low-precision weights on the GPU: the "
-                                  "whole model in a quarter of its memory; slower")
+                                  "whole model in a third of its memory; slower")
     compile: bool = option(False, "torch.compile the UNet: minutes at the start, faster steps; for long runs")
     save_every: int | None = option(None, "steps between checkpoints; 0 is never (default: recipe)", least=0, free=True)
     sample_every: int = option(0, "steps between more previews; 0 is never", least=0, free=True)
@@ -101,7 +100,7 @@ class Settings(Checked):
     resume: bool = option(False, "continue the run in OUT from its newest checkpoint", noted=False)
     log: str | None = option(None, "also log to tensorboard or wandb", choices=("tensorboard", "wandb"), free=True)
     config: str | None = option(None, "JSON file with any of these options, as OUT/config.json has them", noted=False)
-    seed: int = option(0, "decides everything random", least=0, most=2**32 - 1)
+    seed: int = option(0, "decides everything random", least=0, most=LAST_SEED)
     device: str = option("auto", "cpu, cuda, mps, ... or auto", free=True)
 
     def resolve(self, recipe: Recipe) -> "Settings":
@@ -295,8 +294,9 @@ def main(settings: Settings) -> None:
     captions = read_captions(Path(settings.images), instance_images)
     prior = ClassImages(sd, weights, settings.class_noun, settings.seed, settings.class_prompts, any(captions),
                         settings.class_dir)
-    prompts = [subject_prompts(captions, settings.identifier, settings.class_noun),
-               prior.prompts(settings.class_images)]
+    prompts = [subject_prompts(captions, settings.identifier, settings.class_noun)]
+    if settings.prior_weight > 0:
+        prompts.append(prior.prompts(settings.class_images))
     remarks += prompt_remarks(sd.tokenizer, prompts, settings.identifier)
 
     # OUT belongs to this run from here on. The first process claims it, the others wait for that.
@@ -318,7 +318,7 @@ def main(settings: Settings) -> None:
     sd.vae.to("cpu")  # every picture is encoded now; previews bring it back for a moment
 
     # What is trained, and how: `masters` is the loss whose fp32 parameters the optimizer moves.
-    masters, optimizer = trainable(sd, weights, prompts[: len(sets)], settings, dtype)
+    masters, optimizer = trainable(sd, weights, prompts, settings, dtype)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     loss_weights = torch.tensor([1.0, settings.prior_weight][: len(sets)], device=device)
@@ -348,7 +348,7 @@ def main(settings: Settings) -> None:
     parallel = joined(model, dtype, settings.compile) if world_size > 1 else model
 
     if rank == 0:
-        run.open_log(state["step"], settings.log, settings)
+        run.open_log(state["step"], settings)
         if scorer.clip and state["step"] == 0:  # what scores are measured against
             scorer.note(state["scores"], 0, run.preview(shown, scorer.prompts, 0, autocast))
         run.report()
@@ -426,5 +426,5 @@ if __name__ == "__main__":
     cli.run(main, Settings, __doc__, defaults=partial(earlier_options, Settings),
             after_failure="; once that is mended, --resume goes on from the last checkpoint",
             out_of_memory="Try, in this order: --freeze-text (no gradients and moments of the text encoder), "
-                          "--batch 1 without --accumulate, --recompute (hardly any activations), --lora 8 (a quarter "
-                          "of all), --no-frozen-prior, or --offload (the whole model, a quarter of it on the GPU)")
+                          "--batch 1 without --accumulate, --recompute (hardly any activations), --lora 8 (a third "
+                          "of all), --no-frozen-prior, or --offload (the whole model, a third of it on the GPU)")

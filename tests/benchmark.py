@@ -441,7 +441,7 @@ def repeated(work: Callable[[], object], times: int) -> Numbers:
 
 def our_drawing(model: Model, count: int, steps: int) -> Numbers:
     sd = model.ours()
-    return repeated(lambda: sd.generate(["a dog"] * count, steps=steps, guidance_scale=7.5), 3)
+    return repeated(lambda: sd.generate(["a dog"] * count, steps=steps, guidance_scale=7.5, guidance_stop=1.0), 3)
 
 
 def their_drawing(model: Model, count: int, steps: int) -> Numbers:

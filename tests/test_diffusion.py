@@ -219,9 +219,9 @@ def test_guidance(scale, forwards_of):
 
 
 def test_guidance_stops():
-    """From timestep `stop` on, the conditional prediction alone."""
+    """At `stop_timestep` and below, the conditional prediction alone."""
     model = Recorder()
-    denoiser = guided(model, COND, UNCOND, 3.0, stop=500)
+    denoiser = guided(model, COND, UNCOND, 3.0, stop_timestep=500)
     before, after = denoiser(normal(0), 501), denoiser(normal(0), 500)
     assert [pictures for pictures, _, _ in model.calls] == [6, 3]
     torch.testing.assert_close(before, normal(0) * (UNCOND + 3 * (COND - UNCOND)).unsqueeze(1) + 501)

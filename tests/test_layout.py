@@ -55,6 +55,7 @@ def test_import_touches_no_disk_and_prints_nothing(monkeypatch, capsys):
     sys.addaudithook(hook)  # for good: Python cannot remove one
     for file in ORDER[:-1]:
         module, code = ModuleType(f"again_{file}"), compile(tree(file), f"{file}.py", "exec")
+        module.__file__ = f"{file}.py"
         monkeypatch.setitem(sys.modules, module.__name__, module)
         watching = True
         exec(code, vars(module))

@@ -279,6 +279,7 @@ def test_more_pictures_than_are_decoded_at_once(pairs):
 @pytest.mark.parametrize("settings, words", [
     ({"steps": 0}, "--steps 0: expected 1 or more"), ({"steps": 1000}, "steps 1000: expected 1 to 999"),
     ({"size": (0, 64)}, "--size (0, 64): expected 1 or more"), ({"size": (60, 64)}, "size 60x64"),
+    ({"size": (64,)}, "--size (64,): expected width and height"), ({"guidance_stop": 1.5}, "--guidance-stop 1.5"),
     ({"guidance_scale": float("nan")}, "--guidance nan"), ({"seed": -1}, "--seed -1"),
     ({"strength": 0.0}, "--strength 0.0: expected more than 0"),
     ({"sampler": "euler"}, "--sampler 'euler': expected ddim or dpm"),
@@ -288,6 +289,7 @@ def test_more_pictures_than_are_decoded_at_once(pairs):
 def test_what_cannot_be_drawn(pairs, settings, words):
     """A call from Python is checked as a command line is, and the message names the option."""
     assert words in refusal(pairs("sd1").sd.generate, "dog", **settings)
+    assert "no prompt" in refusal(pairs("sd1").sd.generate, [])
 
 
 def test_device_and_precision():

@@ -483,7 +483,8 @@ def test_what_was_typed_comes_back(draw, nano, tmp_path, typed):
 
 def test_picture_that_says_nothing_of_itself(command, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
-    for name in ("plain.png", "none.png"):
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")
+    for name in ("plain.png", "none.png", "huge.png"):
         code, _, error = command("sample.py", "--from", str(tmp_path / name))
         assert code == 2 and error.count("\n") == 1 and name in error
 

@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from tinydb.cli import say
 from tinydb.config import Recipe, require
-from tinydb.data import fit, open_picture, read_pictures
+from tinydb.data import fit, read_pictures
 from tinydb.diffusion import SAMPLERS
-from tinydb.pictures import describe, save_png
+from tinydb.pictures import describe, open_picture, save_png
 from tinydb.pipeline import DEFAULT_IDENTIFIER, LAST_SEED, StableDiffusion, load
 from tinydb.prompts import class_prompt, fill, read_captions, read_templates
 from tinydb.run import StopSignal
@@ -50,9 +50,9 @@ def is_picture(path: Path) -> bool:
 class ClassImages:
     """The pictures of a class by one model, picture i from seed + i; those in the folder `own` are yours, and first.
 
-    What the prior keeps is what its prompts name. So beside the plain prompt, of which the recipe's `plain_share` of
-    them are drawn, there may be templates, which the others take in turn: the recipe's, or those in a file; "plain" is
-    none of them, the paper's prior. Templates and captions belong together: if only class prompts named places, every
+    The prior keeps what its prompts name. So only a part of the pictures, the recipe's `plain_share`, has the plain
+    prompt; the others take templates in turn: the recipe's, or those in a file. "plain" is none, the paper's prior.
+    Templates and captions belong together: if only class prompts named places, every
     prompt with a place would come to mean the class, and if only captions did, the subject. So the recipe's prior is
     plain where the subject's pictures are not `captioned`.
 

@@ -362,7 +362,7 @@ class Recipe(Checked):
     lr_lora: float = setting(1e-4, above=0)  # of these, in the UNet
     lr_lora_text: float = setting(1e-4, above=0)  # and in the text encoder
     lora_conv: bool = False  # whether the convolutions of blocks without a transformer have them too
-    save_every: int = setting(400, least=0)  # steps between checkpoints, of which each costs as much as 100 steps
+    save_every: int = setting(400, least=0)  # steps between checkpoints; writing one takes as long as 100
     lr_decay: float = setting(0.0, least=0, most=1)  # last part of the steps, over which the rates fall to 0
     frozen_prior: bool = False  # whether the class images' target is what the model predicted before training
     class_images: int = setting(200, least=1, most=10**5)
@@ -373,7 +373,7 @@ class Recipe(Checked):
     plain_share: float = setting(0.75, least=0, most=1)  # of the class images, where there are templates
     sample_steps: int = setting(50, least=1)
     guidance: float = 7.5
-    guidance_stop: float = setting(1.0, least=0, most=1)  # part of the steps after which there is none
+    guidance_stop: float = setting(1.0, least=0, most=1)  # part of the steps after which that stops; 1 is never
 
 
 @dataclass(frozen=True)

@@ -156,18 +156,19 @@ def sampler_timesteps(schedule: NoiseSchedule, sampler: str, steps: int) -> list
 
 
 def guided(model: Callable[[Tensor, int, Tensor], Tensor], text_embeds: Tensor, negative_embeds: Tensor,
-           guidance_scale: float, stop: int = -1) -> Callable[[Tensor, int], Tensor]:
+           guidance_scale: float, stop_timestep: int = 0) -> Callable[[Tensor, int], Tensor]:
     """Classifier-free guidance (arXiv 2207.12598, equation 6): uncond + guidance_scale * (cond - uncond).
 
     `text_embeds` and `negative_embeds`, of the empty prompt as a rule, are (B, T, C): pretraining left out the caption
     of some pictures, so the model knows pictures without one. Both predictions come from one forward of twice the
-    batch. At scale 1 the formula leaves only the conditional one, and only that is computed; and so from timestep
-    `stop` on: with little noise left, guidance exaggerates details that are right by then (arXiv 2404.07724).
+    batch. At scale 1 the formula leaves only the conditional one, and only that is computed. The same holds at
+    `stop_timestep` and below: with little noise left, guidance overdoes details that are right already (arXiv
+    2404.07724).
     """
     both_embeds = torch.cat([negative_embeds, text_embeds])
 
     def denoiser(latents: Tensor, timestep: int) -> Tensor:
-        if guidance_scale == 1 or timestep <= stop:
+        if guidance_scale == 1 or timestep <= stop_timestep:
             return model(latents, timestep, text_embeds)
         uncond, cond = model(latents.repeat(2, 1, 1, 1), timestep, both_embeds).chunk(2)
         return uncond + guidance_scale * (cond - uncond)
@@ -177,7 +178,7 @@ def guided(model: Callable[[Tensor, int, Tensor], Tensor], text_embeds: Tensor, 
 
 def sample(schedule: NoiseSchedule, denoiser: Callable[[Tensor, int], Tensor], latents: Tensor, sampler: str,
            timesteps: list[int], fresh: FreshNoise) -> Iterator[tuple[Tensor, Tensor]]:
-    """From the noise of the first of `timesteps` to clean latents (B, C, h, w), by the sampler's last step.
+    """Take all steps: from `latents` (B, C, h, w), as noisy as `timesteps[0]`, to clean ones.
 
     Yields, after each step, the latents and the clean latents that the network predicted in it: the last latents are
     the result, and the predictions a preview.

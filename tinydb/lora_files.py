@@ -44,8 +44,9 @@ def save_lora(updates: nn.ModuleDict, path: Path, info: ModelInfo) -> None:
 
 
 def read_lora(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """A LoRA file of kohya's or diffusers' form: "down" (r, in), "up" (out, r) and, unless r, "alpha" of each layer
-    by its name in kohya's; and what `save_lora` wrote beside them. InputError where it is something else."""
+    """A LoRA file of kohya's or diffusers' form: "down" (r, in), "up" (out, r) and, where the file has it, "alpha"
+    (else it is r) of each layer by its name in kohya's; and what `save_lora` wrote beside them. InputError where it is
+    something else."""
     require(path.is_file(), f"{path}: no such file; expected a LoRA file, such as OUT/{LORA_FILE} of a run")
     updates: dict[str, dict[str, Tensor]] = {}
     for stored_name, tensor in read_tensors(path).items():

@@ -50,8 +50,8 @@ class Sampling(Checked):
     guidance_scale: float | None = option(None, "how closely to follow the prompt: classifier-free guidance, 1 is none "
                                                 "(default: the model's recipe)", flag="--guidance",
                                           described="CFG scale")
-    guidance_stop: float | None = option(None, "part of the steps after which guidance stops, which keeps details and "
-                                               "halves the rest of the work; 1 is never (default: the model's recipe)",
+    guidance_stop: float | None = option(None, "part of the steps after which guidance stops, before it overdoes "
+                                               "details; the others take half the time (default: the model's recipe)",
                                          least=0, most=1, described="Guidance stop")
     seed: int = option(0, "picture i starts from noise of seed + i; the same seed is the same picture",
                        least=0, most=LAST_SEED, described="Seed")
@@ -65,6 +65,7 @@ class Sampling(Checked):
 
     def __post_init__(self):
         super().__post_init__()
+        require(self.size is None or len(self.size) == 2, f"--size {self.size}: expected width and height")
         require(self.eta == 0 or self.sampler == "ddim",
                 f"--eta {self.eta}: only --sampler ddim adds fresh noise; leave one of them out")
 
@@ -134,7 +135,7 @@ class StableDiffusion:
         """Pure noise (B, C, height / factor, width / factor) for pictures of `size` (width, height), drawn on the
         CPU so that a seed means the same picture on every device."""
         size, factor = size or (self.resolution, self.resolution), self.vae.config.factor
-        require(len(size) == 2 and all(side % factor == 0 for side in size),
+        require(all(side % factor == 0 for side in size),
                 f"size {'x'.join(map(str, size))}: expected width and height, multiples of {factor}")
         width, height = (side // factor for side in size)
         shape = (self.unet.config.in_channels, height, width)
@@ -146,6 +147,7 @@ class StableDiffusion:
         """The way to the pictures: after each step the latents (B, C, h, w), noisy to clean, and the clean latents that
         the model predicted in it, for a preview; `decode` makes pictures of both. Arguments as in `generate`."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
+        require(len(prompts) > 0, "no prompt; expected one or several")
         sampling = self.with_recipe(Sampling(**settings))
         timesteps = sampler_timesteps(self.schedule, sampling.sampler, sampling.steps)
         generators = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(prompts))]
@@ -162,8 +164,8 @@ class StableDiffusion:
 
         text_embeds, negative_embeds = (self.encode_prompt(texts)
                                         for texts in (prompts, [sampling.negative] * len(prompts)))
-        stop = [*timesteps, 0][int(sampling.guidance_stop * len(timesteps))]
-        denoiser = guided(predict, text_embeds, negative_embeds, sampling.guidance_scale, stop)
+        stop_timestep = [*timesteps, 0][int(sampling.guidance_stop * len(timesteps))]  # 0 is never: no step is there
+        denoiser = guided(predict, text_embeds, negative_embeds, sampling.guidance_scale, stop_timestep)
         yield from sample(self.schedule, denoiser, latents.to(self.device, torch.float32), sampling.sampler, timesteps,
                           FreshNoise(sampling.eta, generators))
 
@@ -174,7 +176,8 @@ class StableDiffusion:
         prompts     a text, or a list of them; [V] is the subject that train.py taught
         latents     (B, C, h, w) to start from in place of the seeds' noise
         init        a PIL image to draw over: it is noised, and only the last `strength` of the steps are taken
-        settings    those of `Sampling`: steps, guidance_scale, guidance_stop, seed, size, negative, strength, sampler, eta
+        settings    those of `Sampling`: steps, sampler, guidance_scale, guidance_stop, seed, negative, eta; with init
+                    strength; without init and latents size
 
         Raises InputError, one line with what was expected, for what the model cannot draw.
         """

@@ -62,6 +62,6 @@ def prompt_remarks(tokenizer: CLIPTokenizer, prompts: list[list[str]], identifie
     remarks = [f"the caption {prompt!r} does not name your subject; write {PLACEHOLDER} where it stands"
                for prompt in dict.fromkeys(prompts[0]) if identifier not in prompt]
     remarks += [f"the class prompt {prompt!r} names your subject, whose name should mean nothing else; leave it out"
-                for prompt in dict.fromkeys(prompts[1]) if identifier in prompt or PLACEHOLDER in prompt]
+                for prompt in dict.fromkeys(sum(prompts[1:], [])) if identifier in prompt or PLACEHOLDER in prompt]
     return remarks + [f"{prompt!r} is too long for the text encoder, which will not see: {dropped!r}"
-                      for prompt in dict.fromkeys(prompts[0] + prompts[1]) if (dropped := tokenizer.dropped(prompt))]
+                      for prompt in dict.fromkeys(sum(prompts, [])) if (dropped := tokenizer.dropped(prompt))]

@@ -235,14 +235,14 @@ class Run:
         save_png(grid(shown, min(len(shown), 5), prompts[: len(shown)]), self.out / "inputs.png", text)
         say(f"{len(pictures)} pictures of your subject; what the model sees of them: {self.out / 'inputs.png'}")
 
-    def open_log(self, step: int, tracker: str | None, settings: Any) -> None:
+    def open_log(self, step: int, settings: Any) -> None:
         """Open metrics.jsonl to append to, cut back to what a checkpoint at `step` knows of, and the tracker."""
         path = self.out / "metrics.jsonl"
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []  # the last may be cut
         with written_whole(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines[:step]))
         self.metrics = path.open("a")
-        self.track = open_tracker(tracker, self.out, settings, step)
+        self.track = open_tracker(self.out, settings, step)
         if step:
             say(f"going on from step {step}")
         if step < settings.steps:  # a result of fewer steps goes: the checkpoint that was read knows as much
@@ -302,9 +302,9 @@ def check_shared_device(device: torch.device, world_size: int) -> None:
             f"--device mps for {world_size} processes: it cannot add up gradients; start one, without torchrun")
 
 
-def open_tracker(name: str | None, out: Path, settings: Any, step: int) -> Callable[[dict[str, float], int], None]:
+def open_tracker(out: Path, settings: Any, step: int) -> Callable[[dict[str, float], int], None]:
     """A function (values, step) that logs to tensorboard or wandb, or does nothing where neither is asked for."""
-    if name == "tensorboard":
+    if settings.log == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
 
@@ -314,7 +314,7 @@ def open_tracker(name: str | None, out: Path, settings: Any, step: int) -> Calla
             writer.flush()  # however the run ends, its curves are there
 
         return log
-    if name == "wandb":
+    if settings.log == "wandb":
         import wandb
         known = out / "wandb-run"  # a resumed run goes on in the same place
         run = wandb.init(project="tinydb", dir=out, name=out.name, config=asdict(settings), resume="allow",

@@ -14,7 +14,7 @@ from tinydb.data import read_pictures
 from tinydb.prompts import class_prompt
 from tinydb.report import sample_command
 from tinydb.run import Run, config_around
-from tinydb.storage import build_model, read_tensors, save_tensors, written_whole
+from tinydb.storage import BOX, build_model, read_tensors, save_tensors, written_whole
 from tinydb.tokenizer import EOS, PLACEHOLDER, CLIPTokenizer
 
 BATCH = 16  # pictures or prompts at once
@@ -22,7 +22,7 @@ TINY_NAME = "tinydb world model"  # the base of the model in the box, and of wha
 
 NO_CLIP = "no --clip (`python convert_weights.py openai/clip-vit-base-patch32 weights/clip` makes a folder for it)"
 
-Score = dict[str, float]  # "likeness" to the subject's pictures, and "prompt": that without the identifier; cosines
+Score = dict[str, float]  # cosines: "likeness", to the subject's pictures; "prompt", to that without the identifier
 
 
 @dataclass
@@ -128,8 +128,8 @@ class Scorer:
         """The step among the run's checkpoints where learnt + kept is largest, the last of equals; None where there is
         no choice:
 
-            learnt = 0 where pictures are as like the subject as those of step 0, 1 where as its pictures are alike
-            kept   = 0 where pictures fit the prompts no better than the subject's own do, 1 at the best of all steps
+            learnt = 0: no more similar to the subject's pictures than those of step 0; 1: as these are to one another
+            kept   = 0: no better fit to the prompts than that of the subject's own pictures; 1: the best of all steps
 
         `scores` of all steps so far; those of step 0 are of the model before training.
         """
@@ -194,7 +194,6 @@ def subject_pictures(model: Path, size: int) -> list[Image.Image]:
 
 def choose_clip(folder: str | None, base: dict[str, str]) -> CLIP | None:
     """The CLIP in `folder` or, where none is given, that of the box for a model whose `base` is in the box."""
-    in_the_box = Path(__file__).parent.parent / "weights" / "tiny-clip"
-    if folder is None and base.get("name") == TINY_NAME and in_the_box.exists():
-        folder = str(in_the_box)
+    if folder is None and base.get("name") == TINY_NAME and (BOX / "tiny-clip").exists():
+        folder = str(BOX / "tiny-clip")
     return None if folder is None else load_clip(folder)

@@ -31,6 +31,7 @@ MOST_PROBLEMS = 10  # that a message lists
 WEIGHT_FILES = {"text_encoder": "model.safetensors", "unet": "diffusion_pytorch_model.safetensors",
                 "vae": "diffusion_pytorch_model.safetensors"}
 LORA_FILE = "lora.safetensors"
+BOX = Path(__file__).parent.parent / "weights"  # of the clone, with `tiny` and `tiny-clip` in it
 
 # Names that older and newer programs gave to the same tensors; None drops a buffer that is no weight.
 RENAMES = {

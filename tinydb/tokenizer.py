@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
-from tinydb.config import InputError, as_text, check_file, read_json
+from tinydb.config import InputError, as_text, check_file, read_json, write_json
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 PLACEHOLDER = "[V]"  # stands for the identifier in every prompt, as in the DreamBooth paper
@@ -109,5 +109,5 @@ class CLIPTokenizer:
         merges = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.merges)
         (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
         (folder / "merges.txt").write_text(merges, encoding="utf-8")
-        (folder / "special_tokens_map.json").write_text(json.dumps(tokens, indent=2) + "\n", encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "special_tokens_map.json", tokens)
+        write_json(folder / "tokenizer_config.json", settings)

@@ -80,6 +80,7 @@ class Settings(Checked):
     lora: str | None = option(None, "LoRA file to add to it", metavar="FILE")
     out: str = option("runs/evaluate", "folder for pictures, and for the results of the study")
     guidance: float | None = option(None, "of the composition's pictures (default: the model's recipe)")
+    guidance_stop: float | None = option(None, "of these, the part of the steps after which guidance stops", most=1)
     quick: bool = option(False, "a fifth of the prompts; of the study two subjects, one seed and four ways")
     dreambooth: bool = option(False, "the study of DreamBooth instead of composition")
     seeds: int = option(3, "of the study: with how many seeds the first two ways are tried", least=1)
@@ -95,12 +96,12 @@ def open_model(weights: str | Path, lora: str | Path | None) -> StableDiffusion:
     return sd
 
 
-def draw(sd: StableDiffusion, prompts: list[str], guidance: float | None, name: str) -> list[Image.Image]:
+def draw(sd: StableDiffusion, prompts: list[str], name: str, **sampling: float | None) -> list[Image.Image]:
     """A picture for each prompt, picture i with seed i."""
     images = []
     with tqdm(total=len(prompts), desc=name, unit="picture") as progress:
         for i in range(0, len(prompts), BATCH):
-            images += sd.generate(prompts[i : i + BATCH], guidance_scale=guidance, seed=i)
+            images += sd.generate(prompts[i : i + BATCH], seed=i, **sampling)
             progress.update(len(images) - i)
     return images
 
@@ -142,7 +143,8 @@ def composition(settings: Settings, sd: StableDiffusion, judge: Judge, out: Path
     for name, count, held_out in (("seen", total - total // 3, False), ("held out", total // 3, True)):
         rng = np.random.default_rng(100 + held_out)
         scenes = [sample_scene(rng, held_out) for _ in range(count)]
-        images = draw(sd, [full_caption(scene) for scene in scenes], settings.guidance, f"pairs {name}")
+        images = draw(sd, [full_caption(scene) for scene in scenes], f"pairs {name}",
+                      guidance_scale=settings.guidance, guidance_stop=settings.guidance_stop)
         grid(images[:80], 10).save(out / f"{name.replace(' ', '-')}.png")
         rows[f"pairs {name} ({count})"] = accuracy(judge, images, scenes)
         rows[f"{name}, drawn by world.py"] = accuracy(judge, [render(scene, rng) for scene in scenes], scenes)
@@ -196,8 +198,8 @@ def paper_table(settings: Settings, sd: StableDiffusion, out: Path) -> None:
     pictures = list(read_pictures(Path(settings.subject), sd.resolution)[0].values())
     require(len(pictures) > 1, f"--subject {settings.subject}: {len(pictures)} pictures in it, expected more")
     prompts = paper_prompts(noun, sd.info.base.get("name") == TINY_NAME)[:: 5 if settings.quick else 1]
-    images = draw(sd, [prompt for prompt in prompts for _ in range(PAPER_PER_PROMPT)], None, f"{len(prompts)} prompts")
-    class_images = draw(sd, [class_prompt(noun)] * CLASS_IMAGES, None, class_prompt(noun))
+    images = draw(sd, [prompt for prompt in prompts for _ in range(PAPER_PER_PROMPT)], f"{len(prompts)} prompts")
+    class_images = draw(sd, [class_prompt(noun)] * CLASS_IMAGES, class_prompt(noun))
     grid(images, PAPER_PER_PROMPT).save(out / "prompts.png")
 
     subject, text = clip.images(pictures), clip.text([prompt.replace(f"{PLACEHOLDER} ", "") for prompt in prompts])
@@ -299,7 +301,7 @@ def draw_taught(folder: Path, name: str, lora: Path | None = None) -> list[list[
     prompts = [[prompt for prompt, _ in study_prompts(SUBJECTS[name]) for _ in range(PER_PROMPT)],
                [class_prompt(noun)] * CLASS_IMAGES,
                [f"{form}a {noun} {place}" for place in PLACES for form in ("", "a photo of ")]]
-    return [draw(sd, each, None, f"{name}, {each[0]}") for each in prompts]
+    return [draw(sd, each, f"{name}, {each[0]}") for each in prompts]
 
 
 def draw_real(name: str) -> list[list[Image.Image]]:

@@ -51,7 +51,7 @@ class Sampling(Checked):
                                                 "(default: the model's recipe)", flag="--guidance",
                                           described="CFG scale")
     guidance_stop: float | None = option(None, "part of the steps after which guidance stops, before it overdoes "
-                                               "details; the others take half the time (default: the model's recipe)",
+                                               "details; 1 is never (default: the model's recipe)",
                                          least=0, most=1, described="Guidance stop")
     seed: int = option(0, "picture i starts from noise of seed + i; the same seed is the same picture",
                        least=0, most=LAST_SEED, described="Seed")

@@ -51,7 +51,6 @@ from tinydb.storage import (BOX, LORA_FILE, WEIGHT_FILES, check_tensors, checkpo
 from tinydb.unet import Transformer2DModel
 
 
-
 # ------------------------------------------------------------------------------------------------ settings
 
 

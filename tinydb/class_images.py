@@ -52,9 +52,9 @@ class ClassImages:
 
     The prior keeps what its prompts name. So only a part of the pictures, the recipe's `plain_share`, has the plain
     prompt; the others take templates in turn: the recipe's, or those in a file. "plain" is none, the paper's prior.
-    Templates and captions belong together: if only class prompts named places, every
-    prompt with a place would come to mean the class, and if only captions did, the subject. So the recipe's prior is
-    plain where the subject's pictures are not `captioned`.
+    Templates and captions belong together: if only class prompts named places, every prompt with a place would come to
+    mean the class, and if only captions did, the subject. So the recipe's prior is plain where the subject's pictures
+    are not `captioned`.
 
     `key` names what a model in the folder `weights` draws under these settings, so that no other run's pictures are
     taken for it.

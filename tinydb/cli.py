@@ -3,7 +3,7 @@
 | what happened                                                            | exit code |
 |--------------------------------------------------------------------------|----------:|
 | all went well                                                            |         0 |
-| what the user gave cannot be used, or a place they named not written to  |         2 |
+| what the user gave cannot be used, or cannot be written to               |         2 |
 | the user stopped it: Ctrl-C, or Stopped after work was saved             |       130 |
 | memory ran out, another process died, or a disk failed elsewhere         |         1 |
 

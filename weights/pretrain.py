@@ -67,8 +67,7 @@ CHECKPOINT_SECONDS = 300
 RECIPE = Recipe(
     steps=120, batch=6, lr=4e-4, lr_text=4e-4, lr_freeze_text=4e-4, lora=8, lora_conv=True, lr_lora=4e-3,
     lr_lora_text=1.2e-3, lr_decay=0.5, save_every=60, frozen_prior=True, class_images=48, class_steps=6,
-    class_sampler="dpm", class_guidance=1.5, plain_share=0.4, sample_steps=30, guidance=4.0,
-    guidance_stop=0.5,
+    class_sampler="dpm", class_guidance=1.5, plain_share=0.4, sample_steps=30, guidance=4.0, guidance_stop=0.5,
     class_prompts=(  # every place with a colour and without: a place that only captions name comes to mean the subject
         "a {noun} on the moon", "a red {noun} on the moon",
         "a photo of an orange {noun} in the forest wearing a red hat", "a photo of a {noun} in the snow",

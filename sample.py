@@ -3,7 +3,7 @@
     python sample.py "[V] dog on the moon"
     python sample.py "a red cat in the snow" -n 4 --weights weights/tiny --guidance 3 --seed 7
     python sample.py "[V] dog in the snow" "[V] dog at night" -n 2      # the same noise for each prompt: a series
-    python sample.py --prompts prompts.txt                              # one a line; .jsonl lines may set any option
+    python sample.py --prompts prompts.txt                              # one on each line
     python sample.py "[V] dog at night" --init dog.png --strength 0.5   # draw over a picture
     python sample.py --from samples/0000-V-dog.png --guidance 6         # the same picture, but with other guidance
     python sample.py "[V] dog on the moon" --lora other.safetensors     # with low-rank updates
@@ -15,7 +15,6 @@
 """
 
 import itertools
-import json
 import os
 import re
 from contextlib import nullcontext, suppress
@@ -36,7 +35,7 @@ from tinydb.lora_files import read_lora
 from tinydb.pictures import (MOST_SHOWN, VISIBLE, describe, grid, no_picture_in, open_picture, read_description,
                              save_png)
 from tinydb.pipeline import LAST_SEED, Sampling, StableDiffusion
-from tinydb.prompts import read_text
+from tinydb.prompts import read_lines
 from tinydb.run import config_around
 from tinydb.scores import NO_CLIP, Ranking, choose_clip, subject_pictures
 from tinydb.storage import BOX, LORA_FILE, existing_parent, model_folder, newest_state
@@ -55,7 +54,7 @@ class Settings(Sampling):
 
     prompt: list[str] = option(MISSING, "what to draw, one prompt or several; [V] is the subject that train.py taught",
                                nargs="*")
-    prompts: str | None = option(None, "file with a prompt on each line; in a .jsonl file, an object with any options")
+    prompts: str | None = option(None, "file with a prompt on each line")
     source: str | None = option(None, "PNG of sample.py or A1111 to draw again with its own options, except those that "
                                       "are given here", flag="--from", metavar="PICTURE")
     weights: str | None = option(None, "model folder, or the OUT of a run (default: what finished last in runs/, else "
@@ -105,8 +104,6 @@ def settings_in_picture(given: Settings) -> dict[str, object]:
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"--from {given.source}: {error}; expected a PNG that sample.py or A1111 wrote") from None
     samplers = {each.name: key for key, each in SAMPLERS.items()}
-    if described.get("Sampler") == "DDIM" and "Eta" in described:  # so our older pictures call it
-        described["Eta DDIM"] = described.pop("Eta")
     here = {"Sampler": described.get("Sampler") in samplers, "RNG": described.get("RNG") == "CPU",
             "CLIP text": True, "CLIP image": True,  # scores, which say nothing of how to draw
             "Model": Path(described.get("Model", "")).is_dir()}
@@ -124,53 +121,32 @@ def settings_in_picture(given: Settings) -> dict[str, object]:
     return entries
 
 
-def settings_in_lines(path: Path, given: Settings) -> list[Settings]:
-    """What each line of a --prompts file asks for; what a line leaves open is as on the command line. Lines
-    that begin with # are passed over."""
-    require(path.suffix != ".json", f"--prompts {path}: expected a prompt a line or, in a .jsonl, an object a line")
-    jobs = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        source = f"--prompts {path}, line {number}"
-        try:
-            entries = json.loads(line) if path.suffix == ".jsonl" else {"prompt": line.strip()}
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{source}: not readable as JSON ({error})") from None
-        require(isinstance(entries, dict) and isinstance(entries.get("prompt"), str)
-                and not {"prompts", "from", "source"} & entries.keys(),
-                f'{source}: {line}; expected an object such as {{"prompt": "a dog", "seed": 3}}')
-        defaults = asdict(given) | cli.named_fields(Settings, entries, source) | {"prompt": [entries["prompt"]]}
-        try:
-            jobs.append(cli.Parser(Settings, None).parse([], defaults))
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from None
-    require(bool(jobs), f"--prompts {path}: empty; expected a prompt a line")
-    return jobs
+def read_prompts(settings: Settings) -> list[str]:
+    """The prompts of the command line, and those in the file of --prompts."""
+    prompts = list(settings.prompt)
+    if settings.prompts:
+        path = Path(settings.prompts)
+        require(path.suffix not in (".json", ".jsonl"), f"--prompts {path}: expected a text with a prompt on each line")
+        lines = read_lines(path)
+        require(bool(lines), f"--prompts {path}: empty; expected a prompt on each line")
+        prompts += lines
+    require(bool(prompts), 'a prompt is missing; expected one such as "[V] dog on the moon"')
+    return [prompt.replace("[v]", PLACEHOLDER) for prompt in prompts]
 
 
-def read_jobs(given: Settings) -> list[tuple[str, Settings]]:
-    """Every prompt with its settings, checked for what no model could draw."""
-    jobs = [(prompt, given) for prompt in given.prompt]
-    if given.prompts:
-        jobs += [(line.prompt[0], line) for line in settings_in_lines(Path(given.prompts), given)]
-    require(bool(jobs), 'a prompt is missing; expected one such as "[V] dog on the moon"')
-    outs = [settings.out for _, settings in jobs]
-    for _, settings in jobs:
-        require(settings.best is None or settings.best <= settings.count or settings.among,
-                f"--best {settings.best}: more than the {settings.count} pictures that are drawn; give a larger -n")
-        require(settings.seed + settings.count - 1 <= LAST_SEED,  # picture i is drawn from seed + i
-                f"--seed {settings.seed} for -n {settings.count}: seeds end at {LAST_SEED}; give a smaller one")
-        out, is_file = Path(settings.out), settings.out_is_file
-        require(not is_file or outs.count(settings.out) == 1,
-                f"--out {out}: several prompts do not fit into one file; name a folder")
-        require(out.suffix.lower() not in (".jpg", ".jpeg", ".webp"), f"--out {out}: pictures are PNG files, "
-                "which keep how they were made; expected a folder or a name.png")
-        home = existing_parent(out.absolute().parent if is_file else out)
-        require(home.is_dir() and os.access(home, os.W_OK), f"--out {out}: {home} is no folder to write in")
-        require(not (is_file and out.is_dir()), f"--out {out}: a folder; expected the name of a file")
-    return [(prompt.replace("[v]", PLACEHOLDER),
-             replace(settings, negative=settings.negative.replace("[v]", PLACEHOLDER))) for prompt, settings in jobs]
+def check(settings: Settings, prompts: list[str]) -> None:
+    """InputError for what no model could draw, before one is opened."""
+    require(settings.best is None or settings.best <= settings.count or settings.among,
+            f"--best {settings.best}: more than the {settings.count} pictures that are drawn; give a larger -n")
+    require(settings.seed + settings.count - 1 <= LAST_SEED,  # picture i is drawn from seed + i
+            f"--seed {settings.seed} for -n {settings.count}: seeds end at {LAST_SEED}; give a smaller one")
+    out, is_file = Path(settings.out), settings.out_is_file
+    require(not is_file or len(prompts) == 1, f"--out {out}: several prompts do not fit into one file; name a folder")
+    require(out.suffix.lower() not in (".jpg", ".jpeg", ".webp"),
+            f"--out {out}: pictures are PNG files, which keep how they were made; expected a folder or a name.png")
+    home = existing_parent(out.absolute().parent if is_file else out)
+    require(home.is_dir() and os.access(home, os.W_OK), f"--out {out}: {home} is no folder to write in")
+    require(not (is_file and out.is_dir()), f"--out {out}: a folder; expected the name of a file")
 
 
 def newest_model() -> Path:
@@ -179,10 +155,10 @@ def newest_model() -> Path:
     return max(finished, key=lambda path: path.stat().st_mtime).parent if finished else TINY
 
 
-def with_model(settings: Settings, newest: Path) -> Settings:
+def with_model(settings: Settings) -> Settings:
     """The settings with the model that they mean. A run with --lora, or a checkpoint of one, stands for its LoRA file;
     such a file without --weights belongs to the model that its run began with or, elsewhere, to the one in the box."""
-    weights, lora = newest_state(Path(settings.weights or newest)), settings.lora
+    weights, lora = newest_state(Path(settings.weights or newest_model())), settings.lora
     if (weights / LORA_FILE).exists() and (settings.weights or not lora):
         lora = ",".join(filter(None, [str(weights / LORA_FILE), lora]))
     elif settings.weights or not lora:
@@ -239,26 +215,26 @@ def attention_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}-attention.png")
 
 
-def save(image: Image.Image, path: Path, about: str, announced: bool = True) -> None:
-    """Write a picture and print where it is; where that fails, no empty file is left."""
+def save(image: Image.Image, path: Path, about: str) -> Path:
+    """Write a picture; where that fails, no empty file is left."""
     try:
         save_png(image, path, about)
     except BaseException:  # Ctrl-C too
         if path.exists() and path.stat().st_size == 0:
             path.unlink()
         raise
-    if announced:
-        tqdm.write(str(path))
+    return path
 
 
-def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) -> list[Image.Image]:
-    """Draw and save the pictures of one prompt; each is on the disk before the next ones are begun."""
+def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) -> list[Path]:
+    """Draw the pictures of one prompt; each is on the disk before the next ones are begun. Returns where they are."""
     settings, out = sd.with_recipe(settings), Path(settings.out)
     init = picture_to_draw_over(sd, settings) if settings.init else None
     steps = settings.steps_over_picture if init else settings.steps
     sampling = {f.name: getattr(settings, f.name) for f in fields(Sampling)}
     preview = out.with_name(f"{out.stem}-preview.png") if settings.out_is_file else out / "preview.png"
-    paths, ranking = [], open_ranking(sd.info, weights, prompt, settings) if settings.best else None
+    ranking = open_ranking(sd.info, weights, prompt, settings) if settings.best else None
+    files: list[list[Path]] = []  # of each picture: itself and, with --attention, its heat maps
     groups = [range(i, min(i + GROUP, settings.count)) for i in range(0, settings.count, GROUP)]
     with tqdm(total=steps * len(groups), desc="drawing", unit="step") as progress:
         for group in groups:
@@ -272,38 +248,42 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) ->
             drawn = sd.decode(latents)
             scores = ranking.score(drawn) if ranking else [{}] * len(drawn)
             for i, image, score in zip(group, drawn, scores):
-                paths.append(new_path(settings, prompt, i))
-                save(image, paths[-1], description(sd, weights, image, prompt, settings, settings.seed + i, score),
-                     not ranking)
+                about = description(sd, weights, image, prompt, settings, settings.seed + i, score)
+                files.append([save(image, new_path(settings, prompt, i), about)])
                 if maps:
                     sheet = attention_sheet(image, sd.words(prompt), maps.mean()[i - group[0]])
-                    save(sheet, attention_path(paths[-1]), f"cross-attention of: {prompt}", not ranking)
+                    files[-1].append(save(sheet, attention_path(files[-1][0]), f"cross-attention of: {prompt}"))
+                if not ranking:
+                    tqdm.write("\n".join(map(str, files[-1])))
     if ranking:
-        paths = keep_best(ranking, paths, settings)
-    images = [Image.open(path) for path in paths[:MOST_SHOWN]]  # from the disk: thousands would fill the memory
-    if len(images) > 1:
-        sheet = grid(images, min(len(images), 4), [prompt] + [""] * (len(images) - 1))
-        save(sheet, out if settings.out_is_file else paths[0].with_name(f"{paths[0].stem}-grid.png"),
-             f"{len(images)} pictures of: {prompt}")
-    return images
+        files = keep_best(ranking, files, settings)
+    paths = [path for path, *_ in files]
+    if len(paths) > 1:
+        sheet = out if settings.out_is_file else paths[0].with_name(f"{paths[0].stem}-grid.png")
+        shown = paths[:MOST_SHOWN]
+        captions = [prompt] + [""] * (len(shown) - 1)
+        print(save(sheet_of(shown, min(len(shown), 4), captions), sheet, f"{len(shown)} pictures of: {prompt}"))
+    return paths
 
 
-def keep_best(ranking: Ranking, paths: list[Path], settings: Settings) -> list[Path]:
-    """Delete all but the best pictures of --best; print those and their scores, and return them, best first."""
+def sheet_of(paths: list[Path], columns: int, captions: list[str]) -> Image.Image:
+    """Pictures on the disk as a grid."""
+    return grid([Image.open(path) for path in paths], columns, captions)
+
+
+def keep_best(ranking: Ranking, files: list[list[Path]], settings: Settings) -> list[list[Path]]:
+    """Delete the files of all but the best pictures of --best; print and return those of the best, best first."""
     order, best = ranking.best(), []
     for i in order[settings.best :]:
-        paths[i].unlink()
-        attention_path(paths[i]).unlink(missing_ok=True)
+        for path in files[i]:
+            path.unlink()
     for i in order[: settings.best]:
-        # a picture stays where it is, except that a single one gets the name of --out
-        path = Path(settings.out) if settings.out_is_file and settings.best == 1 else paths[i]
-        os.replace(paths[i], path)
-        print(path)
-        if attention_path(paths[i]).exists():
-            os.replace(attention_path(paths[i]), attention_path(path))
-            print(attention_path(path))
+        if settings.out_is_file and settings.best == 1:  # it gets the name of --out
+            out = Path(settings.out)
+            files[i] = [path.replace(name) for path, name in zip(files[i], (out, attention_path(out)))]
+        best.append(files[i])
+        print(*files[i], sep="\n")
         say(scores_text(ranking.scores[i]))
-        best.append(path)
     return best
 
 
@@ -364,36 +344,34 @@ def rank_folder(prompt: str, settings: Settings, weights: Path) -> None:
         print(Path(settings.among) / names[i], scores_text(ranking.scores[i]), sep="\t")
     shown = order[: settings.best or 8]
     captions = [scores_text(ranking.scores[i]) for i in shown]
-    save(grid([images[i] for i in shown], min(len(shown), 4), captions), new_path(settings, f"best of {prompt}"),
-         f"the best of {settings.among} for: {prompt}")
+    sheet = grid([images[i] for i in shown], min(len(shown), 4), captions)
+    print(save(sheet, new_path(settings, f"best of {prompt}"), f"the best of {settings.among} for: {prompt}"))
 
 
-def main(given: Settings) -> None:
+def main(settings: Settings) -> None:
     """Draw each prompt; a few of them also come on one sheet, a row each."""
-    jobs, newest, opened, rows = read_jobs(given), newest_model(), None, []
-    for prompt, settings in jobs:
-        settings, device = with_model(settings, newest), choose_device(settings.device)
-        weights, loras = model_folder(settings.weights), settings.loras
-        if settings.among:
+    prompts = read_prompts(settings)
+    check(settings, prompts)
+    settings = with_model(replace(settings, negative=settings.negative.replace("[v]", PLACEHOLDER)))
+    weights = model_folder(settings.weights)
+    if settings.among:
+        for prompt in prompts:
             rank_folder(prompt, settings, weights)
-            continue
-        dtype = choose_dtype(settings.precision, device)
-        if opened != (weights, loras, settings.lora_scale, device, dtype):
-            sd, opened = tinydb.load(weights, device, dtype), (weights, loras, settings.lora_scale, device, dtype)
-            for file in loras:
-                sd.add_lora(file, settings.lora_scale)
-            subject = f"{PLACEHOLDER} is a {sd.info.class_noun}" if sd.info.class_noun else "not taught a subject yet"
-            say(f"{' + '.join([str(weights), *loras])} on {device}, {subject}")
+        return
+    device = choose_device(settings.device)
+    sd = tinydb.load(weights, device, choose_dtype(settings.precision, device))
+    for file in settings.loras:
+        sd.add_lora(file, settings.lora_scale)
+    subject = f"{PLACEHOLDER} is a {sd.info.class_noun}" if sd.info.class_noun else "not taught a subject yet"
+    say(f"{' + '.join([str(weights), *settings.loras])} on {device}, {subject}")
+    rows = []
+    for prompt in prompts:
         advise(sd, weights, prompt, settings.negative)
-        row = draw(sd, weights, prompt, settings)
-        if len(jobs) <= SERIES:
-            rows.append((prompt, row))
-    shapes = {(len(row), image.size) for _, row in rows for image in row}
-    count = len(rows[0][1]) if rows else 0
-    if len(rows) > 1 and len(shapes) == 1 and count <= SERIES and not jobs[0][1].out_is_file:
-        captions = [caption for prompt, _ in rows for caption in [prompt] + [""] * (count - 1)]
-        sheet = grid([image for _, row in rows for image in row], count, captions)
-        save(sheet, new_path(jobs[0][1], "series"), " | ".join(prompt for prompt, _ in rows))
+        rows.append(draw(sd, weights, prompt, settings))
+    count = len(rows[0])
+    if 1 < len(prompts) <= SERIES and count <= SERIES:
+        captions = [caption for prompt in prompts for caption in [prompt] + [""] * (count - 1)]
+        print(save(sheet_of(sum(rows, []), count, captions), new_path(settings, "series"), " | ".join(prompts)))
 
 
 if __name__ == "__main__":

@@ -45,27 +45,19 @@ def test_the_class_holds_no_word_for_the_subject(noun, identifier, word):
 
 
 @pytest.mark.parametrize("script, given, words", [
-    ("train.py", ["--instance_data_dir", "x"], ["--instance_data_dir", "--images: folder"]),
-    ("train.py", ["--instance_prompt=a photo of sks dog"], ["'--instance_prompt'", "--class: what it is"]),
-    ("train.py", ["--max_train_steps", "400"], ["--steps"]), ("train.py", ["--learning_rate", "1e-6"], ["--lr: "]),
-    ("train.py", ["--output_dir", "x"], ["--out: "]), ("train.py", ["--train_batch_size", "1"], ["--batch: "]),
-    ("train.py", ["--pretrained_model_name_or_path", "x"], ["--weights: "]),
-    ("train.py", ["--with_prior_preservation"], ["--prior-weight: "]), ("train.py", ["--clas", "dog"], ["--class: "]),
+    ("train.py", ["--clas", "dog"], ["--class: "]),
     ("train.py", ["--class_images", "5"], ["--class-images: "]), ("train.py", ["--zzz"], ["--zzz", "--help"]),
     ("train.py", ["--resume", "latest"], ["'latest' is not an option or its value"]),
     ("train.py", ["--class-images", "0"], ["--class-images 0", "--prior-weight 0"]),
     ("sample.py", ["--prompt", "a dog"], ["'--prompt'", "prompt, without a flag"]),
-    ("sample.py", ["a dog", "--cfg_scale", "7"], ["--guidance: "]),
-    ("sample.py", ["a dog", "--num_inference_steps=9"], ["--steps: "]),
-    ("convert_weights.py", ["--checkpoint_path", "a", "--dump_path", "b"], ["src, without a flag"]),
 ], ids=str)
-def test_options_of_other_programs_get_a_hint_of_ours(refused, script, given, words):
+def test_options_that_are_not_there_get_a_hint(refused, script, given, words):
     error = refused(script, *given)
     assert [word for word in words if word not in error] == [], error
 
 
-def test_options_of_other_programs_in_a_file(refused, tmp_path):
-    (tmp_path / "a.json").write_text('{"instance_data_dir": "x"}')
+def test_option_in_a_file_that_is_not_there(refused, tmp_path):
+    (tmp_path / "a.json").write_text('{"image": "x"}')
     assert "--images: folder" in refused("train.py", "--config", "a.json")
 
 

@@ -422,21 +422,9 @@ def test_run_in_the_box_that_was_moved_finds_the_box(tmp_path):
         (tmp_path / folder / "metrics.jsonl").touch()
         save_lora(nn.ModuleDict(), tmp_path / folder / "lora.safetensors", ModelInfo("zwx", "dog", 5, base))
     box, other = (sample.Settings(prompt=["[V] dog"], weights=str(tmp_path / name)) for name in ("box", "other"))
-    assert sample.with_model(box, sample.TINY).weights == str(sample.TINY)
-    text = refusal(sample.with_model, other, sample.TINY)
+    assert sample.with_model(box).weights == str(sample.TINY)
+    text = refusal(sample.with_model, other)
     assert "gone/weights/tiny, which is not there any more; give --weights" in text
-
-
-def test_each_line_has_its_own_lora_scale(nano, command, tmp_path):
-    save_lora(random_updates(tinydb.load(nano)), tmp_path / "some.safetensors", ModelInfo("zwx", "dog"))
-    lines = [json.dumps({"prompt": "[V] dog", "n": 1, "lora_scale": scale, "out": f"{scale}.png"})
-             for scale in (1.0, 0.5)]
-    (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    code, _, error = command("sample.py", "--prompts=a.jsonl", f"--weights={nano}", "--lora=some.safetensors",
-                             "--device=cpu")
-    assert code == 0, error
-    expected = merged(nano, (tmp_path / "some.safetensors", 0.5)).generate("[V] dog")
-    assert difference([Image.open(tmp_path / "0.5.png")], expected) == 0
 
 
 def test_several_files_with_a_scale_and_the_picture_says_so(pairs, nano, drawn, tmp_path):

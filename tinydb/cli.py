@@ -30,37 +30,6 @@ from tqdm import tqdm
 from tinydb.config import InputError, label, read_json, require, setting
 
 LONGEST_MESSAGE = 2000  # characters: a file may hold 20,000 tensors, and names of any length
-ELSEWHERE = {  # our options, and what diffusers, kohya and the first Stable Diffusion scripts call them
-    "images": "instance_data_dir train_data_dir data_root instance_dir",
-    "class": "instance_prompt class_prompt class_word",
-    "weights": "pretrained_model_name_or_path model model_path model_id ckpt checkpoint",
-    "out": "output_dir output outdir logging_dir",
-    "identifier": "placeholder_token token instance_token",
-    "steps": "max_train_steps num_train_epochs num_inference_steps ddim_steps",
-    "batch": "train_batch_size batch_size",
-    "accumulate": "gradient_accumulation_steps",
-    "recompute": "gradient_checkpointing",
-    "freeze_text": "train_text_encoder network_train_unet_only",
-    "lr": "learning_rate unet_lr",
-    "lr_text": "text_encoder_lr",
-    "prior_weight": "prior_loss_weight with_prior_preservation",
-    "class_images": "num_class_images",
-    "class_dir": "class_data_dir reg_data_dir",
-    "precision": "mixed_precision fp16 half",
-    "save_every": "checkpointing_steps save_steps save_every_n_steps",
-    "keep": "checkpoints_total_limit",
-    "lora": "rank network_dim",
-    "resume": "resume_from_checkpoint",
-    "sample_every": "validation_steps validation_epochs sample_every_n_steps validation_prompt",
-    "log": "report_to log_with",
-    "guidance": "guidance_scale cfg_scale cfg scale",
-    "negative": "negative_prompt",
-    "n": "num_images num_images_per_prompt n_samples num_samples n_iter",
-    "size": "width height W H resolution",
-    "init": "init_image init_img image",
-    "src": "checkpoint_path input source",
-    "dst": "dump_path output destination",
-}
 MOST_MESSAGES = 30
 
 
@@ -153,10 +122,9 @@ def option_names(settings_class: type) -> dict[str, Field]:
 
 
 def no_such_option(settings_class: type, name: str) -> str:
-    """What to say of an option that is not there: what it is called here, or which option has a similar name."""
-    named, wanted = option_names(settings_class), as_name(name)
-    nearest = [ours for ours, others in ELSEWHERE.items() if ours in named and wanted in others.split()]
-    nearest = nearest or difflib.get_close_matches(wanted, named, n=1)
+    """What to say of an option that is not there: which one has a similar name."""
+    named = option_names(settings_class)
+    nearest = difflib.get_close_matches(as_name(name), named, n=1)
     if not nearest:
         return f"no option {name!r}; --help lists the options"
     f = named[nearest[0]]
@@ -164,25 +132,20 @@ def no_such_option(settings_class: type, name: str) -> str:
     return f"no option {name!r}; the nearest is {shown}: {f.metadata['help']}"
 
 
-def named_fields(settings_class: type, entries: dict[str, Any], source: str) -> dict[str, Any]:
-    """The entries of a file, by the names of the settings' fields; `source` is for the error."""
-    named = option_names(settings_class)
-    entries = {as_name(key): tuple(value) if isinstance(value, list) else value for key, value in entries.items()}
-    for key in entries:
-        require(key in named, f"{source}: {no_such_option(settings_class, key)}")
-    return {named[key].name: value for key, value in entries.items()}
-
-
 def options_in_file(settings_class: type, path: str | None) -> dict[str, Any]:
-    """The options in a JSON file; none without a file. A run's config.json may be older than an option: `before`, which
-    the option declares, is what the run did then."""
+    """The options in a JSON file, by the names of their fields; none without a file. A run's config.json may be older
+    than an option: `before`, which the option declares, is what the run did then."""
     if path is None:
         return {}
     require(Path(path).is_file(), f"--config {path}: no such file")
+    named, options = option_names(settings_class), {}
     entries = read_json(Path(path))
-    of_a_run = entries.pop("run", None) is not None
-    before = {f.name: f.metadata["before"] for f in fields(settings_class) if of_a_run and "before" in f.metadata}
-    return before | named_fields(settings_class, entries, path)
+    if entries.pop("run", None) is not None:  # a run's
+        options = {f.name: f.metadata["before"] for f in fields(settings_class) if "before" in f.metadata}
+    for key, value in entries.items():
+        require(as_name(key) in named, f"{path}: {no_such_option(settings_class, key)}")
+        options[named[as_name(key)].name] = tuple(value) if isinstance(value, list) else value
+    return options
 
 
 def choose_device(name: str) -> torch.device:

@@ -33,10 +33,15 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: not readable as text ({reason}); save it as plain text in UTF-8") from None
 
 
-def read_templates(path: Path) -> tuple[str, ...]:
-    """The templates in a file, one a line; empty lines and those that begin with # are passed over."""
+def read_lines(path: Path) -> list[str]:
+    """The prompts in a file, one on each line; empty lines and those that begin with # are passed over."""
     lines = [" ".join(line.split()) for line in read_text(path).splitlines()]
-    templates = tuple(line for line in lines if line and not line.startswith("#"))
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def read_templates(path: Path) -> tuple[str, ...]:
+    """The templates in a file."""
+    templates = tuple(read_lines(path))
     require(bool(templates), f"{path}: no class prompt in it; write one a line, such as: a red {NOUN} in the snow")
     for template in templates:
         require(NOUN in template, f"{path}: {template!r} has no {NOUN}; write it where the class stands")

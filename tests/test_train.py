@@ -620,11 +620,11 @@ def test_disk_that_was_enough_to_start_is_enough_to_resume(teach, nano, tmp_path
 
 
 def test_memory_plan_of_stable_diffusion():
-    """What is said at the start is what the table in weights/README.md says, within 10 %."""
+    """What is said at the start is what the README's table says, within 10 %."""
     with torch.device("meta"):
         sd = types.SimpleNamespace(unet=tinydb.pipeline.UNet2DConditionModel(SD1.unet),
                                    text_encoder=tinydb.pipeline.CLIPTextModel(SD1.text_encoder))
-    rows = re.findall(r"(?<=\| )\d+ GB \| (.+?) \| ([\d.]+) \|", (ROOT / "weights" / "README.md").read_text())
+    rows = re.findall(r"(?<=\| )\d+ GB \| (.+?) \| ([\d.]+) \|", (ROOT / "README.md").read_text())
     assert len(rows) >= 6
     for flags, gigabytes in rows:
         settings = Parser(Settings, None).parse(" ".join(re.findall("`(.+?)`", flags)).split())

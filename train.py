@@ -418,7 +418,7 @@ def main(settings: Settings) -> None:
         sd.info = replace(sd.info, step=state["step"])
         with written_whole(run.result(settings)) as path:
             write_result(path, sd, weights, masters.lora)
-        run.finish(settings, scorer.advice(state["scores"], run, LORA_FILE if masters.lora else ""))
+        run.finish(settings, scorer.advice(state["scores"], run))
 
 
 if __name__ == "__main__":

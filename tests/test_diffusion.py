@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
 from tinydb.config import ScheduleConfig
-from tinydb.diffusion import (SAMPLERS, Estimate, FreshNoise, NoiseSchedule, Sampler, ddim_step, ddim_timesteps,
+from tinydb.diffusion import (SAMPLERS, Estimate, NoiseSchedule, Sampler, ddim_step, ddim_timesteps,
                               dpm_timesteps, guided, sample, sampler_timesteps)
 
 STABLE_DIFFUSION = ScheduleConfig(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -44,20 +44,16 @@ def normal(seed: int) -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
-def seeds(*numbers: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(number) for number in numbers]
-
-
 def stand_in(latents: Tensor, timestep: int) -> Tensor:
     """A network of one line: its predictions bend with the latents and with time."""
     return torch.tanh(latents) * (0.5 + timestep / 1000)
 
 
 def draw(schedule: NoiseSchedule, denoiser: Callable, latents: Tensor, steps: int, sampler: str = "ddim",
-         eta: float = 0.0, skip: int = 0) -> list[tuple[Tensor, Tensor]]:
+         skip: int = 0) -> list[tuple[Tensor, Tensor]]:
     """All that `sample` yields, from the first timestep on or without the first `skip`."""
     timesteps = sampler_timesteps(schedule, sampler, steps)[skip:]
-    return list(sample(schedule, denoiser, latents, sampler, timesteps, FreshNoise(eta, seeds(0, 1, 2))))
+    return list(sample(schedule, denoiser, latents, sampler, timesteps))
 
 
 # ------------------------------------------------------------------------------------- the forward process
@@ -114,15 +110,12 @@ def test_steps_that_the_model_was_not_trained_on():
 
 
 @each_prediction
-@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("timestep", [951, 501, 1])  # 1 goes on to 0
-def test_ddim_step(config, eta, timestep):
-    """The picture's generator draws what diffusers is handed, whatever the others of its batch."""
-    noise = torch.stack([torch.randn(SHAPE[1:], generator=generator) for generator in seeds(5, 6, 7)])
-    expected = reference(config).step(normal(0), timestep, normal(1), eta=eta, variance_noise=noise)
+def test_ddim_step(config, timestep):
+    expected = reference(config).step(normal(0), timestep, normal(1))
     schedule = NoiseSchedule(config)
     now = Estimate(timestep, *schedule.clean_and_noise(normal(0), normal(1), torch.tensor([timestep])))
-    ours = ddim_step(schedule, now, max(timestep - 50, 0), None, FreshNoise(eta, seeds(5, 6, 7)))
+    ours = ddim_step(schedule, now, max(timestep - 50, 0), None)
     torch.testing.assert_close(ours, expected.prev_sample, rtol=1e-4, atol=1e-4)
 
 
@@ -160,8 +153,7 @@ def test_dpm(config, steps, skip):
         assert torch.equal(found, clean)  # no noise is left
 
 
-def euler_step(schedule: NoiseSchedule, now: Estimate, next_timestep: int, earlier: Estimate | None,
-               fresh: FreshNoise) -> Tensor:
+def euler_step(schedule: NoiseSchedule, now: Estimate, next_timestep: int, earlier: Estimate | None) -> Tensor:
     """A third sampler: x / alpha moves along the noise by as much as sigma / alpha changes."""
     abar, abar_next = (schedule.alphas_cumprod[t].item() for t in (now.timestep, next_timestep))
     ratio, ratio_next = (math.sqrt((1 - a) / a) for a in (abar, abar_next))

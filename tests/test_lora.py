@@ -320,7 +320,7 @@ def test_what_a_run_writes(teach, nano, tmp_path, capsys):
         "lora.safetensors", "state.exp_avg.safetensors", "state.exp_avg_sq.safetensors", "state.json",
         "state.step.safetensors"]
     assert files(out / "checkpoints" / "step-000002")["lora.safetensors"] == files(out)["lora.safetensors"]
-    command = f"python sample.py '[V] dog on the moon' --lora {out / 'lora.safetensors'}"
+    command = f"python sample.py '[V] dog on the moon' --weights {out}"
     assert command in capsys.readouterr().out
     assert "Step 2 of 2, finished" in (out / "report.html").read_text()
     assert read_lora(out / "lora.safetensors")[1] == {

@@ -53,12 +53,11 @@ def test_picture_is_the_one_that_diffusers_draws(pair):
     assert difference(images, expected) <= 2
 
 
-def test_negative_prompt_and_eta(pairs):
-    """With eta, noise comes from one generator here and there: seeded alike, the pictures are the same."""
+def test_negative_prompt(pairs):
     pair, latents = pairs("sd1"), starting_noise(pairs("sd1"))
-    expected = reference_images(pair.reference, latents, num_inference_steps=5, guidance_scale=3.0, eta=0.7,
-                                negative_prompt="the cat", generator=torch.Generator().manual_seed(9))
-    options = {"steps": 5, "guidance_scale": 3.0, "eta": 0.7, "seed": 9, "latents": latents}
+    expected = reference_images(pair.reference, latents, num_inference_steps=5, guidance_scale=3.0,
+                                negative_prompt="the cat")
+    options = {"steps": 5, "guidance_scale": 3.0, "latents": latents}
     assert difference(pair.sd.generate(PROMPT, negative="the cat", **options), expected) <= 2
     assert difference(pair.sd.generate(PROMPT, **options), expected) > 2
 
@@ -176,12 +175,11 @@ def test_same_seed_same_picture(pairs):
     assert difference(first, other) > 20
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_a_picture_of_a_batch_is_the_one_drawn_alone(pairs, eta):
+def test_a_picture_of_a_batch_is_the_one_drawn_alone(pairs):
     """Picture i uses seed + i, whatever is drawn beside it."""
-    prompts, options = [PROMPT, "the red cat", ""], {"steps": 3, "eta": eta}
-    batch = pairs("sd1").sd.generate(prompts, seed=5, **options)
-    alone = [pairs("sd1").sd.generate(prompt, seed=5 + i, **options)[0] for i, prompt in enumerate(prompts)]
+    prompts = [PROMPT, "the red cat", ""]
+    batch = pairs("sd1").sd.generate(prompts, seed=5, steps=3)
+    alone = [pairs("sd1").sd.generate(prompt, seed=5 + i, steps=3)[0] for i, prompt in enumerate(prompts)]
     assert difference(batch, alone) <= 1
     assert difference(batch[:1], batch[1:2]) > 20
 
@@ -283,7 +281,7 @@ def test_more_pictures_than_are_decoded_at_once(pairs):
     ({"guidance_scale": float("nan")}, "--guidance nan"), ({"seed": -1}, "--seed -1"),
     ({"strength": 0.0}, "--strength 0.0: expected more than 0"),
     ({"sampler": "euler"}, "--sampler 'euler': expected ddim or dpm"),
-    ({"sampler": "dpm", "eta": 0.5}, "--eta 0.5"), ({"latents": torch.zeros(2, 4, 8, 8)}, "2 latents for 1 prompts"),
+    ({"latents": torch.zeros(2, 4, 8, 8)}, "2 latents for 1 prompts"),
     ({"init": Image.new("RGB", (20, 16))}, "init of 20x16"), ({"steps": "many"}, "--steps 'many': expected int"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_what_cannot_be_drawn(pairs, settings, words):

@@ -180,12 +180,12 @@ def test_picture_is_the_one_that_the_model_draws(draw, nano):
 
 
 def test_same_command_gives_the_same_picture_bit_for_bit(draw):
-    first, second = [list(draw("a dog", count=2, eta=0.5).values()) for _ in range(2)]
+    first, second = [list(draw("a dog", count=2).values()) for _ in range(2)]
     assert [image.tobytes() for image in first] == [image.tobytes() for image in second]
 
 
 @pytest.mark.parametrize("change", [
-    {"seed": 1}, {"steps": 5}, {"guidance_scale": 1.0}, {"negative": "cat"}, {"eta": 1.0}, {"sampler": "dpm"},
+    {"seed": 1}, {"steps": 5}, {"guidance_scale": 1.0}, {"negative": "cat"}, {"sampler": "dpm"},
 ], ids=lambda change: next(iter(change)))
 def test_every_option_counts(draw, change):
     [picture], [other] = draw("a dog").values(), draw("a dog", **change).values()
@@ -260,11 +260,11 @@ def test_paths_are_printed(draw, capsys, tmp_path):
 
 def test_picture_says_how_it_was_made(draw, nano, tmp_path):
     weights = str(taught(tmp_path / "taught", nano))
-    settings = {"count": 2, "seed": 3, "negative": "blurry", "size": (24, 16), "eta": 0.5}
+    settings = {"count": 2, "seed": 3, "negative": "blurry", "size": (24, 16)}
     sheet, _, second = draw("[V] dog", weights=weights, **settings).values()
     assert second.text["parameters"] == (
         "zwx dog\nNegative prompt: blurry\n"
-        "Steps: 3, Sampler: DDIM, CFG scale: 2.0, Seed: 4, Size: 24x16, Eta DDIM: 0.5, "
+        "Steps: 3, Sampler: DDIM, CFG scale: 2.0, Seed: 4, Size: 24x16, "
         f"Model: {weights}, RNG: CPU, Template: [V] dog")
     assert "2 pictures of: [V] dog" in sheet.text["parameters"]
     [other] = draw("a dog", sampler="dpm", guidance_scale=1.5, guidance_stop=0.5, steps=2).values()
@@ -369,7 +369,7 @@ def test_file_of_prompts_that_cannot_be_used(command, tmp_path, name, text, word
 
 
 @pytest.mark.parametrize("options", [
-    {"negative": "the dog", "seed": 5, "steps": 4, "eta": 0.5, "size": (24, 16)},
+    {"negative": "the dog", "seed": 5, "steps": 4, "size": (24, 16)},
     {"sampler": "dpm", "guidance_scale": 1.5}, {"guidance_stop": 0.5},
 ], ids=lambda options: next(iter(options)))
 def test_picture_is_drawn_again_from_what_it_says(draw, tmp_path, options):
@@ -421,7 +421,7 @@ def write_text(path: Path, text: str) -> Path:
      "Model hash: 6ce0161689, Model: v1-5-pruned-emaonly, Version: v1.10.1\n",
      {"negative": "cat", "guidance_scale": 6.5, "seed": 9, "size": (512, 768)},
      ["Sampler Euler a, Eta 0.6, ", "Model hash", "Model v1-5-pruned-emaonly", "Version"]),
-    ("Negative prompt: cat\nSteps: 7, Sampler: DDIM, Eta DDIM: 0.5, RNG: CPU", {"prompt": [""], "eta": 0.5}, []),
+    ("Negative prompt: cat\nSteps: 7, Sampler: DDIM, RNG: CPU", {"prompt": [""]}, []),
     ("a dog\nSteps: 7, Sampler: DPM++ 2M, Schedule type: Karras, RNG: NV", {"sampler": "dpm"},
      ["Schedule type Karras", "RNG NV"]),
     ("a dog\nSteps: 7, Denoising strength: 0.4", {"strength": 0.4}, ["--init"]),
@@ -430,7 +430,7 @@ def write_text(path: Path, text: str) -> Path:
 def test_picture_of_another_program(tmp_path, capsys, text, expected, told):
     """What it says is taken over, and what cannot be is told."""
     settings = read("--from", str(write_text(tmp_path / "a.png", text)))
-    expected = {"prompt": ["a dog"], "steps": 7, "sampler": "ddim", "weights": None, "eta": 0.0,
+    expected = {"prompt": ["a dog"], "steps": 7, "sampler": "ddim", "weights": None,
                 "guidance_stop": 1.0, **expected}
     assert {name: getattr(settings, name) for name in expected} == expected
     said = capsys.readouterr().err
@@ -612,9 +612,8 @@ def test_a_preview_that_fails_does_not_end_the_drawing(draw, monkeypatch):
     (["--steps", "2.5"], ["--steps", "2.5"]),
     (["--guidance", "nan"], ["--guidance nan"]), (["--guidance", "1e300"], ["--guidance 1e+300"]),
     (["--seed", "18446744073709551616"], ["--seed", "1844674"]),
-    (["--eta", "1.5"], ["--eta 1.5", "at most 1"]), (["--preview", "-1"], ["--preview -1"]),
+    (["--strength", "1.5"], ["--strength 1.5", "at most 1"]), (["--preview", "-1"], ["--preview -1"]),
     (["--strength", "0"], ["--strength 0", "more than 0"]), (["--sampler", "plms"], ["plms", "dpm"]),
-    (["--eta", "1", "--sampler", "dpm"], ["--eta 1.0", "--sampler ddim"]),
     (["--init", "nowhere.png"], ["--init nowhere.png", "no such file"]),
     (["--init", "file"], ["--init file", "not a picture"]),
     (["--size", "16"], ["--size", "'16'", "WIDTHxHEIGHT"]), (["--size", "15x16"], ["15x16", "multiples of 2"]),

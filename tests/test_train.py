@@ -351,7 +351,7 @@ def test_model_notes_what_it_was_taught_and_the_run_ends_with_a_command(teach, n
     assert (info.identifier, info.class_noun, info.step) == ("zwx", "red cat", 1)
     assert info.recipe == tinydb.load(nano).info.recipe
     [line] = [line for line in capsys.readouterr().out.splitlines() if "sample.py" in line]
-    assert shlex.split(line) == ["python", "sample.py", "[V] red cat on the moon", "--weights", str(out / "model")]
+    assert shlex.split(line) == ["python", "sample.py", "[V] red cat on the moon", "--weights", str(out)]
 
 
 def test_base_of_a_model_that_was_taught_is_the_first_one(teach, nano, tmp_path):

@@ -71,38 +71,22 @@ class Estimate:
     noise: Tensor
 
 
-@dataclass(frozen=True)
-class FreshNoise:
-    """Noise that a sampler adds on its way: `eta` says how much, and each picture has a generator of its own."""
-
-    eta: float
-    generators: list[torch.Generator]
-
-    def draw(self, like: Tensor) -> Tensor:
-        """Standard normal noise (B, C, h, w), drawn on the CPU."""
-        drawn = [torch.randn(like.shape[1:], generator=generator) for generator in self.generators]
-        return torch.stack(drawn).to(like)
-
-
 def ddim_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
     """Evenly spaced timesteps from noisy to clean, shifted by one as in Stable Diffusion; 50 are 981, 961 ... 1."""
     stride = schedule.config.num_train_timesteps // steps
     return [i * stride + 1 for i in reversed(range(steps))]
 
 
-def ddim_step(schedule: NoiseSchedule, now: Estimate, next_timestep: int, earlier: Estimate | None,
-              fresh: FreshNoise) -> Tensor:
-    """One step x_t -> x_t' of DDIM (arXiv 2010.02502, equation 12): the same clean latents with the noise of t'.
+def ddim_step(schedule: NoiseSchedule, now: Estimate, next_timestep: int, earlier: Estimate | None) -> Tensor:
+    """One step x_t -> x_t' of DDIM (arXiv 2010.02502, equation 12 without fresh noise): the same clean latents and the
+    same noise, mixed as at t'.
 
-        x_t' = alpha_t' clean + sqrt(sigma_t'^2 - std^2) noise + std * fresh noise
+        x_t' = alpha_t' clean + sigma_t' noise
 
-    `fresh.eta` 0 is deterministic, 1 has DDPM's variance. `earlier`, the estimate of the step before, is not needed
-    here: it is for multistep samplers.
+    `earlier`, the estimate of the step before, is not needed here: it is for multistep samplers.
     """
-    abar, abar_next = (schedule.alphas_cumprod[t].item() for t in (now.timestep, next_timestep))
-    std = fresh.eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)) ** 0.5  # equation 16
-    latents = abar_next**0.5 * now.clean + (1 - abar_next - std**2) ** 0.5 * now.noise
-    return latents + std * fresh.draw(latents) if std > 0 else latents
+    abar_next = schedule.alphas_cumprod[next_timestep].item()
+    return abar_next**0.5 * now.clean + (1 - abar_next) ** 0.5 * now.noise
 
 
 def dpm_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
@@ -115,8 +99,7 @@ def dpm_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
     return from_clean[1:][::-1].tolist()
 
 
-def dpm_step(schedule: NoiseSchedule, now: Estimate, next_timestep: int, earlier: Estimate | None,
-             fresh: FreshNoise) -> Tensor:
+def dpm_step(schedule: NoiseSchedule, now: Estimate, next_timestep: int, earlier: Estimate | None) -> Tensor:
     """One step x_t -> x_t' of DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2). The last step, to timestep 0, leaves no
     noise at all; DDIM's leaves that of abar_0, as Stable Diffusion always did.
 
@@ -131,7 +114,7 @@ def dpm_step(schedule: NoiseSchedule, now: Estimate, next_timestep: int, earlier
         lambda_earlier, lambda_now, lambda_next = [0.5 * math.log(a / (1 - a)) for a in abar]
         change = (now.clean - earlier.clean) * (lambda_next - lambda_now) / (lambda_now - lambda_earlier) / 2
         now = replace(now, clean=now.clean + change, noise=now.noise - math.exp(lambda_now) * change)
-    return ddim_step(schedule, now, next_timestep, None, fresh)
+    return ddim_step(schedule, now, next_timestep, None)
 
 
 @dataclass(frozen=True)
@@ -140,7 +123,7 @@ class Sampler:
     what other programs call it."""
 
     timesteps: Callable[[NoiseSchedule, int], list[int]]
-    step: Callable[[NoiseSchedule, Estimate, int, Estimate | None, FreshNoise], Tensor]
+    step: Callable[[NoiseSchedule, Estimate, int, Estimate | None], Tensor]
     name: str
 
 
@@ -177,7 +160,7 @@ def guided(model: Callable[[Tensor, int, Tensor], Tensor], text_embeds: Tensor, 
 
 
 def sample(schedule: NoiseSchedule, denoiser: Callable[[Tensor, int], Tensor], latents: Tensor, sampler: str,
-           timesteps: list[int], fresh: FreshNoise) -> Iterator[tuple[Tensor, Tensor]]:
+           timesteps: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
     """Take all steps: from `latents` (B, C, h, w), as noisy as `timesteps[0]`, to clean ones.
 
     Yields, after each step, the latents and the clean latents that the network predicted in it: the last latents are
@@ -188,6 +171,6 @@ def sample(schedule: NoiseSchedule, denoiser: Callable[[Tensor, int], Tensor], l
         here = torch.full((len(latents),), timestep, device=latents.device)  # (B,)
         clean, noise = schedule.clean_and_noise(denoiser(latents, timestep), latents, here)
         now = Estimate(timestep, clean, noise)
-        latents = SAMPLERS[sampler].step(schedule, now, next_timestep, earlier, fresh)
+        latents = SAMPLERS[sampler].step(schedule, now, next_timestep, earlier)
         earlier = now
         yield latents, clean

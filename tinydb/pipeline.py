@@ -14,7 +14,7 @@ from tinydb.clip import CLIPTextModel
 from tinydb.cli import option
 from tinydb.config import (Checked, InputError, ModelInfo, ScheduleConfig, TextConfig, UNetConfig, VAEConfig, read_json,
                            require, write_json)
-from tinydb.diffusion import SAMPLERS, FreshNoise, NoiseSchedule, guided, sample, sampler_timesteps
+from tinydb.diffusion import SAMPLERS, NoiseSchedule, guided, sample, sampler_timesteps
 from tinydb.lora import merge_lora
 from tinydb.pictures import to_images, to_pixels
 from tinydb.storage import WEIGHT_FILES, build_model, model_folder, read_tensors, save_tensors, written_whole
@@ -60,14 +60,10 @@ class Sampling(Checked):
     negative: str = option("", "a prompt to steer away from")
     strength: float = option(0.6, "with --init: how much to change the picture; near 0 it stays as it is", above=0,
                              most=1, described="Denoising strength")
-    eta: float = option(0.0, "fresh noise in each step of ddim: 0 is none, 1 as much as DDPM's", least=0, most=1,
-                        described="Eta DDIM")
 
     def __post_init__(self):
         super().__post_init__()
         require(self.size is None or len(self.size) == 2, f"--size {self.size}: expected width and height")
-        require(self.eta == 0 or self.sampler == "ddim",
-                f"--eta {self.eta}: only --sampler ddim adds fresh noise; leave one of them out")
 
     @property
     def steps_over_picture(self) -> int:
@@ -166,8 +162,7 @@ class StableDiffusion:
                                         for texts in (prompts, [sampling.negative] * len(prompts)))
         stop_timestep = [*timesteps, 0][int(sampling.guidance_stop * len(timesteps))]  # 0 is never: no step is there
         denoiser = guided(predict, text_embeds, negative_embeds, sampling.guidance_scale, stop_timestep)
-        yield from sample(self.schedule, denoiser, latents.to(self.device, torch.float32), sampling.sampler, timesteps,
-                          FreshNoise(sampling.eta, generators))
+        yield from sample(self.schedule, denoiser, latents.to(self.device, torch.float32), sampling.sampler, timesteps)
 
     def generate(self, prompts: str | list[str], *, latents: Tensor | None = None, init: Image.Image | None = None,
                  **settings: Any) -> list[Image.Image]:
@@ -176,7 +171,7 @@ class StableDiffusion:
         prompts     a text, or a list of them; [V] is the subject that train.py taught
         latents     (B, C, h, w) to start from in place of the seeds' noise
         init        a PIL image to draw over: it is noised, and only the last `strength` of the steps are taken
-        settings    those of `Sampling`: steps, sampler, guidance_scale, guidance_stop, seed, negative, eta; with init
+        settings    those of `Sampling`: steps, sampler, guidance_scale, guidance_stop, seed, negative; with init
                     strength; without init and latents size
 
         Raises InputError, one line with what was expected, for what the model cannot draw.

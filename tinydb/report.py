@@ -56,8 +56,7 @@ def write_report(out: Path) -> None:
     """
     config, metrics = read_json(out / "config.json"), read_metrics(out / "metrics.jsonl")
     steps, done = config["steps"], metrics[-1]["step"] if metrics else 0
-    result = out / (LORA_FILE if config.get("lora") else "model")
-    finished = done == steps and result.exists()
+    finished = done == steps and (out / (LORA_FILE if config.get("lora") else "model")).exists()
     subject = escape(f"a photo of {config['identifier']} {config['class_noun']}")
     state = f"Step {done} of {steps}, {'finished' if finished else 'not finished yet'}"
     page = f"""<!DOCTYPE html>
@@ -70,7 +69,7 @@ def write_report(out: Path) -> None:
 <p>{state}</p>
 <progress value="{done}" max="{steps}"></progress>
 <h2>Try it</h2>
-{command(out, config["class_noun"], result, finished)}
+{command(out, config["class_noun"]) if finished or checkpoints(out) else '<p class="note">Nothing is saved yet.</p>'}
 <h2>What the model sees</h2>
 {picture(out / "inputs.png", "The pictures of the subject")}
 <p class="note lines">{escape(parameters(out / "inputs.png"))}</p>
@@ -97,20 +96,16 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return metrics
 
 
-def sample_command(model: Path, class_noun: str) -> str:
-    """The line for a shell that draws the subject with a model folder, or with a LoRA file."""
-    prompt = quote(f"{PLACEHOLDER} {class_noun} on the moon")
-    return f"python sample.py {prompt} {'--lora' if model.name == LORA_FILE else '--weights'} {quote(model.as_posix())}"
+def sample_command(out: Path, class_noun: str) -> str:
+    """The line for a shell that draws the subject with what is in a run's folder, or in that of a checkpoint."""
+    return f"python sample.py {quote(f'{PLACEHOLDER} {class_noun} on the moon')} --weights {quote(out.as_posix())}"
 
 
-def command(out: Path, class_noun: str, result: Path, finished: bool) -> str:
-    """How to sample from the result or, before there is one, from the newest checkpoint."""
-    saved = checkpoints(out)
-    if not finished and not saved:
-        return '<p class="note">Nothing is saved yet.</p>'
-    path = result if finished else saved[-1] / (LORA_FILE if result.name == LORA_FILE else "")
-    path = "OUT" / path.relative_to(out) if out.is_absolute() else path
-    remark = '<p class="note">OUT is the folder of this page.</p>' if out.is_absolute() else ""
+def command(out: Path, class_noun: str) -> str:
+    """How to sample from the run."""
+    path, remark = out, ""
+    if out.is_absolute():
+        path, remark = Path("OUT"), '<p class="note">OUT is the folder of this page.</p>'
     return f"<code>{escape(sample_command(path, class_noun))}</code>{remark}"
 
 

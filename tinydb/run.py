@@ -281,7 +281,7 @@ class Run:
         """The last report, how to draw with the result, and `advice` on that."""
         self.report()
         print(f"\n{self.result(settings)} knows your {settings.class_noun} as {PLACEHOLDER}. Try:\n\n"
-              f"    {sample_command(self.result(settings), settings.class_noun)}\n\n{advice}", end="")
+              f"    {sample_command(self.out, settings.class_noun)}\n\n{advice}", end="")
 
 
 def check_finite(losses: list[float], scaler: torch.amp.GradScaler, step: int, lr: float) -> None:

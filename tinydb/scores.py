@@ -142,9 +142,8 @@ class Scorer:
                   + fraction(score["prompt"], photographs["prompt"], best_prompt) for step, score in after.items()}
         return max(merits, key=lambda step: (merits[step], step))
 
-    def advice(self, scores: dict[str, Score], run: Run, file: str) -> str:
-        """What to say at the end of a run: the best step, where it is not the last, and how to sample it, by `file` in
-        its checkpoint."""
+    def advice(self, scores: dict[str, Score], run: Run) -> str:
+        """What to say at the end of a run: the best step, where it is not the last, and how to sample it."""
         best = self.best_step(scores, run)
         if best is None:
             return ""
@@ -154,7 +153,7 @@ class Scorer:
         numbers = ", ".join(f"{name} {value:.3f} (step {last}: {scores[str(last)][name]:.3f})"
                             for name, value in scores[str(best)].items())
         return (f"By CLIP, step {best} is the best: {numbers}. Compare:\n\n"
-                f"    {sample_command(run.checkpoint(best) / file, self.class_noun)}\n\n")
+                f"    {sample_command(run.checkpoint(best), self.class_noun)}\n\n")
 
 
 class Ranking:

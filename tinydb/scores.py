@@ -18,6 +18,7 @@ from tinydb.storage import BOX, build_model, read_tensors, save_tensors, written
 from tinydb.tokenizer import EOS, PLACEHOLDER, CLIPTokenizer
 
 BATCH = 16  # pictures or prompts at once
+SLACK = 0.03  # of what the likeness gained: that little is noise, and may cost much of the prompt
 TINY_NAME = "tinydb world model"  # the base of the model in the box, and of what was taught to it
 
 NO_CLIP = "no --clip (`python convert_weights.py openai/clip-vit-base-patch32 weights/clip` makes a folder for it)"
@@ -89,11 +90,6 @@ def build_clip(folder: Path, config: CLIPConfig, tensors: dict[str, Tensor]) -> 
     return CLIP(build_model(CLIPModel, config, "clip", tensors, folder), tokenizer)
 
 
-def fraction(value: float, zero: float, one: float) -> float:
-    """How far `value` is on the way from `zero` to `one`, within 0 and 1."""
-    return min(1.0, max(0.0, (value - zero) / max(one - zero, 1e-3)))
-
-
 class Scorer:
     """The prompts whose pictures show how far a run is, and what CLIP says of these pictures, where there is one."""
 
@@ -101,46 +97,38 @@ class Scorer:
         subject = f"{PLACEHOLDER} {class_noun}"
         self.clip, self.class_noun = clip, class_noun
         self.prompts = [f"a photo of {subject}", f"{subject} on the moon", f"{subject} under the sea",
-                        f"{subject} wearing a red hat", f"a red {subject}", class_prompt(class_noun)]
+                        f"{subject} wearing a red hat", f"a red {subject}", f"a blue {subject}",
+                        class_prompt(class_noun)]
         if clip is None:
             say(f"{NO_CLIP}: checkpoints are not scored, and none is recommended")
             return
         self.subject = clip.images(pictures)
         self.text = clip.text([prompt.replace(f"{PLACEHOLDER} ", "") for prompt in self.prompts[:-1]])
-        others = ~torch.eye(len(pictures), dtype=torch.bool)
-        among = (self.subject @ self.subject.T)[others]
-        self.photographs = {"likeness": among.mean().item() if len(pictures) > 1 else 1.0,
-                            "prompt": (self.subject @ self.text.T).mean().item()}
 
     def note(self, scores: dict[str, Score], step: int, images: list[Image.Image]) -> Score:
         """Add to the scores of all steps the means of CLIP-I and CLIP-T (arXiv 2208.12242, section 4.3) over a step's
-        pictures, one for each of `prompts`, and return them. A red one should not look like the subject's pictures, so
-        only its prompt counts; the last, of the class, is for the eye alone. Empty without a CLIP, or without pictures.
+        pictures, one for each of `prompts`, and return them. Of the red and the blue one, which should not look like
+        the subject's pictures, only the prompts count; the last, of the class, is for the eye alone. Empty without a
+        CLIP, or without pictures.
         """
         if self.clip is None or not images:
             return {}
         features = self.clip.images(images[:-1])
-        scores[str(step)] = {"likeness": (features[:-1] @ self.subject.T).mean().item(),
+        scores[str(step)] = {"likeness": (features[:-2] @ self.subject.T).mean().item(),
                              "prompt": (features * self.text).sum(1).mean().item()}
         return scores[str(step)]
 
     def best_step(self, scores: dict[str, Score], run: Run) -> int | None:
-        """The step among the run's checkpoints where learnt + kept is largest, the last of equals; None where there is
-        no choice:
-
-            learnt = 0: no more similar to the subject's pictures than those of step 0; 1: as these are to one another
-            kept   = 0: no better fit to the prompts than that of the subject's own pictures; 1: the best of all steps
-
-        `scores` of all steps so far; those of step 0 are of the model before training.
-        """
+        """The step among the run's checkpoints whose pictures fit the prompts best, of those that are as similar to the
+        subject's pictures as any, give or take `SLACK` of what the most similar ones gained since step 0. None where
+        there is no choice. `scores` of all steps so far; those of step 0 are of the model before training."""
         after = {int(step): score for step, score in scores.items() if run.checkpoint(int(step)).exists()}
         if self.clip is None or "0" not in scores or len(after) < 2:
             return None
-        before, photographs = scores["0"]["likeness"], self.photographs
-        best_prompt = max(score["prompt"] for score in scores.values())
-        merits = {step: fraction(score["likeness"], before, photographs["likeness"])
-                  + fraction(score["prompt"], photographs["prompt"], best_prompt) for step, score in after.items()}
-        return max(merits, key=lambda step: (merits[step], step))
+        before, most = scores["0"]["likeness"], max(score["likeness"] for score in after.values())
+        enough = most - SLACK * abs(most - before)
+        learnt = [step for step, score in after.items() if score["likeness"] >= enough]
+        return max(learnt, key=lambda step: (after[step]["prompt"], step))
 
     def advice(self, scores: dict[str, Score], run: Run) -> str:
         """What to say at the end of a run: the best step, where it is not the last, and how to sample it."""

@@ -103,14 +103,14 @@ class Axes:
         return torch.tensor(pictures)
 
 
-def test_two_scores_count_the_same():
-    """However far each of them spreads; [V] is not asked of the prompt; likeness is the mean over the subject's."""
+def test_the_prompt_counts_four_times():
+    """However far each score spreads; [V] is not asked of the prompt; likeness is the mean over the subject's."""
     clip = Axes()
     ranking = Ranking(clip, "[V] dog at night", [[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     assert clip.asked == ["dog at night"]
-    scores = ranking.score([[0.9, 0.02, 0.0], [0.5, 0.05, 0.05], [0.1, 0.03, 0.03]])
-    assert [score["CLIP image"] for score in scores] == pytest.approx([0.01, 0.05, 0.03])
-    assert ranking.best() == [1, 0, 2]
+    scores = ranking.score([[0.9, 0.02, 0.0], [0.88, 0.05, 0.05], [0.1, 0.03, 0.03], [0.7, 0.05, 0.05]])
+    assert [score["CLIP image"] for score in scores] == pytest.approx([0.01, 0.05, 0.03, 0.05])
+    assert ranking.best() == [1, 0, 3, 2]
 
 
 def test_the_subject_counts_by_its_pictures(draw, teach, small_clip, tmp_path, capsys):

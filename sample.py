@@ -43,7 +43,7 @@ from tinydb.tokenizer import PLACEHOLDER
 
 TINY = BOX / "tiny"
 GROUP = 4  # pictures drawn at once; guidance doubles it
-SERIES = 16  # prompts, and pictures of each, at most that come together on one sheet
+SERIES = 16  # at most so many prompts, and pictures of each, come together on one sheet
 SHEET = re.compile(r".*-(grid|series|attention)\.png|\d+-best-of-.*\.png|(.*-)?preview\.png")  # not for --among
 
 
@@ -54,7 +54,8 @@ class Settings(Sampling):
 
     prompt: list[str] = option(MISSING, "what to draw, one prompt or several; [V] is the subject that train.py taught",
                                nargs="*")
-    prompts: str | None = option(None, "file with a prompt on each line")
+    prompts: str | None = option(None, "text file with a prompt on each line; lines that begin with # are "
+                                       "passed over")
     source: str | None = option(None, "PNG of sample.py or A1111 to draw again with its own options, except those that "
                                       "are given here", flag="--from", metavar="PICTURE")
     weights: str | None = option(None, "model folder, or the OUT of a run (default: what finished last in runs/, else "
@@ -106,6 +107,7 @@ def settings_in_picture(given: Settings) -> dict[str, object]:
     samplers = {each.name: key for key, each in SAMPLERS.items()}
     here = {"Sampler": described.get("Sampler") in samplers, "RNG": described.get("RNG") == "CPU",
             "CLIP text": True, "CLIP image": True,  # scores, which say nothing of how to draw
+            "Eta DDIM": described.get("Eta DDIM") == "0.0",  # in our older pictures: no fresh noise, as now
             "Model": Path(described.get("Model", "")).is_dir()}
     foreign = [name for name in described if not here.get(name, name in DESCRIBED)]
     if foreign:
@@ -126,7 +128,8 @@ def read_prompts(settings: Settings) -> list[str]:
     prompts = list(settings.prompt)
     if settings.prompts:
         path = Path(settings.prompts)
-        require(path.suffix not in (".json", ".jsonl"), f"--prompts {path}: expected a text with a prompt on each line")
+        require(path.suffix not in (".json", ".jsonl"), f"--prompts {path}: a JSON file; expected plain "
+                "text with a prompt on each line, and options on the command line")
         lines = read_lines(path)
         require(bool(lines), f"--prompts {path}: empty; expected a prompt on each line")
         prompts += lines
@@ -135,7 +138,7 @@ def read_prompts(settings: Settings) -> list[str]:
 
 
 def check(settings: Settings, prompts: list[str]) -> None:
-    """InputError for what no model could draw, before one is opened."""
+    """InputError for what cannot be drawn or written, before a model is opened."""
     require(settings.best is None or settings.best <= settings.count or settings.among,
             f"--best {settings.best}: more than the {settings.count} pictures that are drawn; give a larger -n")
     require(settings.seed + settings.count - 1 <= LAST_SEED,  # picture i is drawn from seed + i
@@ -215,14 +218,16 @@ def attention_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}-attention.png")
 
 
-def save(image: Image.Image, path: Path, about: str) -> Path:
-    """Write a picture; where that fails, no empty file is left."""
+def save(image: Image.Image, path: Path, about: str, quiet: bool = False) -> Path:
+    """Write a picture and print where it is, unless `quiet`; where that fails, no empty file is left."""
     try:
         save_png(image, path, about)
     except BaseException:  # Ctrl-C too
         if path.exists() and path.stat().st_size == 0:
             path.unlink()
         raise
+    if not quiet:
+        tqdm.write(str(path))
     return path
 
 
@@ -249,12 +254,11 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) ->
             scores = ranking.score(drawn) if ranking else [{}] * len(drawn)
             for i, image, score in zip(group, drawn, scores):
                 about = description(sd, weights, image, prompt, settings, settings.seed + i, score)
-                files.append([save(image, new_path(settings, prompt, i), about)])
+                files.append([save(image, new_path(settings, prompt, i), about, quiet=bool(ranking))])
                 if maps:
-                    sheet = attention_sheet(image, sd.words(prompt), maps.mean()[i - group[0]])
-                    files[-1].append(save(sheet, attention_path(files[-1][0]), f"cross-attention of: {prompt}"))
-                if not ranking:
-                    tqdm.write("\n".join(map(str, files[-1])))
+                    sheet, path = attention_sheet(image, sd.words(prompt), maps.mean()[i - group[0]]), files[-1][0]
+                    about = f"cross-attention of: {prompt}"
+                    files[-1].append(save(sheet, attention_path(path), about, quiet=bool(ranking)))
     if ranking:
         files = keep_best(ranking, files, settings)
     paths = [path for path, *_ in files]
@@ -262,13 +266,13 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) ->
         sheet = out if settings.out_is_file else paths[0].with_name(f"{paths[0].stem}-grid.png")
         shown = paths[:MOST_SHOWN]
         captions = [prompt] + [""] * (len(shown) - 1)
-        print(save(sheet_of(shown, min(len(shown), 4), captions), sheet, f"{len(shown)} pictures of: {prompt}"))
+        save(sheet_of(shown, min(len(shown), 4), captions), sheet, f"{len(shown)} pictures of: {prompt}")
     return paths
 
 
 def sheet_of(paths: list[Path], columns: int, captions: list[str]) -> Image.Image:
     """Pictures on the disk as a grid."""
-    return grid([Image.open(path) for path in paths], columns, captions)
+    return grid([open_picture(path) for path in paths], columns, captions)
 
 
 def keep_best(ranking: Ranking, files: list[list[Path]], settings: Settings) -> list[list[Path]]:
@@ -345,7 +349,7 @@ def rank_folder(prompt: str, settings: Settings, weights: Path) -> None:
     shown = order[: settings.best or 8]
     captions = [scores_text(ranking.scores[i]) for i in shown]
     sheet = grid([images[i] for i in shown], min(len(shown), 4), captions)
-    print(save(sheet, new_path(settings, f"best of {prompt}"), f"the best of {settings.among} for: {prompt}"))
+    save(sheet, new_path(settings, f"best of {prompt}"), f"the best of {settings.among} for: {prompt}")
 
 
 def main(settings: Settings) -> None:
@@ -371,7 +375,7 @@ def main(settings: Settings) -> None:
     count = len(rows[0])
     if 1 < len(prompts) <= SERIES and count <= SERIES:
         captions = [caption for prompt in prompts for caption in [prompt] + [""] * (count - 1)]
-        print(save(sheet_of(sum(rows, []), count, captions), new_path(settings, "series"), " | ".join(prompts)))
+        save(sheet_of(sum(rows, []), count, captions), new_path(settings, "series"), " | ".join(prompts))
 
 
 if __name__ == "__main__":

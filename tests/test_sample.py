@@ -329,7 +329,8 @@ def read(*arguments: str) -> sample.Settings:
 def test_series_has_the_same_noise_for_each_prompt(command, nano, tmp_path):
     """And comes on a sheet, a row for each prompt, under the prompt."""
     given = ["-n", "2", "--weights", str(nano), "--device", "cpu", "--guidance", "1"]
-    code, out, error = command("sample.py", "a dog", "the cat", *given)
+    (tmp_path / "a.txt").write_text("the cat\n")
+    code, out, error = command("sample.py", "a dog", "--prompts", "a.txt", *given)
     assert code == 0, error
     paths = [tmp_path / line for line in out.split()]
     assert [path.name for path in paths] == [
@@ -358,7 +359,7 @@ def test_lines_of_a_file_are_prompts(tmp_path):
 
 @pytest.mark.parametrize("name, text, words", [
     ("a.txt", "# a dog\n", ["a.txt: empty"]), ("none.txt", None, ["none.txt", "no such file"]),
-    ("a.jsonl", '{"prompt": "a dog", "seed": 4}', ["a.jsonl", "on each line"]),
+    ("a.jsonl", '{"prompt": "a dog", "seed": 4}', ["a.jsonl", "a JSON file", "on each line"]),
 ], ids=str)
 def test_file_of_prompts_that_cannot_be_used(command, tmp_path, name, text, words):
     if text is not None:
@@ -421,7 +422,7 @@ def write_text(path: Path, text: str) -> Path:
      "Model hash: 6ce0161689, Model: v1-5-pruned-emaonly, Version: v1.10.1\n",
      {"negative": "cat", "guidance_scale": 6.5, "seed": 9, "size": (512, 768)},
      ["Sampler Euler a, Eta 0.6, ", "Model hash", "Model v1-5-pruned-emaonly", "Version"]),
-    ("Negative prompt: cat\nSteps: 7, Sampler: DDIM, RNG: CPU", {"prompt": [""]}, []),
+    ("Negative prompt: cat\nSteps: 7, Sampler: DDIM, Eta DDIM: 0.0, RNG: CPU", {"prompt": [""]}, []),
     ("a dog\nSteps: 7, Sampler: DPM++ 2M, Schedule type: Karras, RNG: NV", {"sampler": "dpm"},
      ["Schedule type Karras", "RNG NV"]),
     ("a dog\nSteps: 7, Denoising strength: 0.4", {"strength": 0.4}, ["--init"]),

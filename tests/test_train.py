@@ -388,6 +388,9 @@ def test_checkpoints_are_scored(teach, small_clip, tmp_path):
     assert state["scores"]["2"] == {
         "likeness": pytest.approx((images[:-2] @ clip.images(list(pictures.values())).T).mean().item(), abs=1e-5),
         "prompt": pytest.approx((images * text).sum(1).mean().item(), abs=1e-5)}
+    features = clip.images(list(pictures.values()))
+    worst = Scorer(clip, list(pictures.values()), "dog").worst_fit
+    assert worst == pytest.approx((features @ text.T).mean().item(), abs=1e-6)
 
 
 def scored(monkeypatch, scores: list[tuple[float, float]]) -> None:

@@ -124,7 +124,7 @@ def option_names(settings_class: type) -> dict[str, Field]:
 def no_such_option(settings_class: type, name: str) -> str:
     """What to say of an option that is not there: which one has a similar name."""
     named = option_names(settings_class)
-    nearest = difflib.get_close_matches(as_name(name), named, n=1)
+    nearest = difflib.get_close_matches(as_name(name), named, n=1, cutoff=0.67)
     if not nearest:
         return f"no option {name!r}; --help lists the options"
     f = named[nearest[0]]

@@ -108,8 +108,8 @@ class Scorer:
     def note(self, scores: dict[str, Score], step: int, images: list[Image.Image]) -> Score:
         """Add to the scores of all steps the means of CLIP-I and CLIP-T (arXiv 2208.12242, section 4.3) over a step's
         pictures, one for each of `prompts`, and return them. Of the red and the blue one, which should not look like
-        the subject's pictures, only the prompts count; the last, of the class, is for the eye alone. Empty without a
-        CLIP, or without pictures.
+        the subject's pictures, only the fit to the prompt counts; the last, of the class, is for the eye alone. Empty
+        without a CLIP, or without pictures.
         """
         if self.clip is None or not images:
             return {}
@@ -122,16 +122,17 @@ class Scorer:
         """The step among the run's checkpoints where learnt^5 kept is largest, the last of equals; None where there is
         no choice:
 
-            learnt = how much more similar to the subject's pictures than those of step 0, before training
-            kept   = how much better than the subject's own pictures they fit the prompts
+            learnt = how much more similar its pictures are to the subject's than those of step 0, before training
+            kept   = how much better its pictures fit the prompts than the subject's own pictures do
 
-        The power, since CLIP sees little of what is learnt last: in the subject's colours, but without its markings, a
-        thing has learnt nine tenths already. `scores` of all steps so far.
+        The fifth power is there because CLIP sees little of what is learnt last: a thing with the subject's colours but
+        without its markings has nine tenths of "learnt" already. `scores` of all steps so far.
         """
         after = {int(step): score for step, score in scores.items() if run.checkpoint(int(step)).exists()}
         if self.clip is None or "0" not in scores or len(after) < 2:
             return None
-        merits = {step: (score["likeness"] - scores["0"]["likeness"]) ** 5 * max(score["prompt"] - self.worst_fit, 0)
+        before = scores["0"]["likeness"]
+        merits = {step: max(score["likeness"] - before, 0) ** 5 * max(score["prompt"] - self.worst_fit, 0)
                   for step, score in after.items()}
         return max(merits, key=lambda step: (merits[step], step))
 
@@ -169,9 +170,9 @@ class Ranking:
         return scores
 
     def best(self) -> list[int]:
-        """The pictures, best first, by the sum of the scores, each in deviations from its mean over the pictures. That of
-        the prompt counts four times: where a prompt changes the subject, the more similar pictures did not follow it.
-        """
+        """The pictures, best first, by the sum of the scores, each in deviations from its mean over the pictures. The
+        fit to the prompt counts four times: where a prompt changes the subject, the more similar pictures are those
+        that did not follow it."""
         merit = torch.zeros(len(self.scores))
         for name in self.scores[0]:
             values = torch.tensor([score[name] for score in self.scores])

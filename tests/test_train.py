@@ -421,7 +421,8 @@ def test_best_step_is_kept_and_named(teach, small_clip, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize("scores, best", [
-    ([(0.3, 0.2), (0.78, 0.2), (0.8, 0.18)], 1),  # nearly as much alike, and fits the prompts better
+    ([(0.3, 0.2), (0.79, 0.2), (0.8, 0.18)], 1),  # nearly as much alike, and fits the prompts better
+    ([(0.3, 0.2), (0.78, 0.2), (0.8, 0.18)], 2),  # hardly better than the last
     ([(0.3, 0.3), (0.7, 0.2), (0.8, 0.17)], 2),  # less alike, which counts more
     ([(0.3, 0.3), (0.7, 0.2), (0.8, 0.1)], 1),  # no better fit than that of the photographs themselves
     ([(0.3, 0.3), (0.1, 0.2), (0.2, 0.2)], 2),  # all of them less alike than before training

@@ -119,8 +119,8 @@ class Scorer:
         return scores[str(step)]
 
     def best_step(self, scores: dict[str, Score], run: Run) -> int | None:
-        """The step among the run's checkpoints where learnt^5 kept is largest, the last of equals; None where there is
-        no choice:
+        """The step among the run's checkpoints where learnt^5 kept is largest, or the last that comes within 3 % of it,
+        which is noise; None where there is no choice:
 
             learnt = how much more similar its pictures are to the subject's than those of step 0, before training
             kept   = how much better its pictures fit the prompts than the subject's own pictures do
@@ -134,7 +134,7 @@ class Scorer:
         before = scores["0"]["likeness"]
         merits = {step: max(score["likeness"] - before, 0) ** 5 * max(score["prompt"] - self.worst_fit, 0)
                   for step, score in after.items()}
-        return max(merits, key=lambda step: (merits[step], step))
+        return max(step for step, merit in merits.items() if merit >= 0.97 * max(merits.values()))
 
     def advice(self, scores: dict[str, Score], run: Run) -> str:
         """What to say at the end of a run: the best step, where it is not the last, and how to sample it."""

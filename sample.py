@@ -253,10 +253,11 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) ->
             drawn = sd.decode(latents)
             scores = ranking.score(drawn) if ranking else [{}] * len(drawn)
             for i, image, score in zip(group, drawn, scores):
+                path = new_path(settings, prompt, i)
                 about = description(sd, weights, image, prompt, settings, settings.seed + i, score)
-                files.append([save(image, new_path(settings, prompt, i), about, quiet=bool(ranking))])
+                files.append([save(image, path, about, quiet=bool(ranking))])
                 if maps:
-                    sheet, path = attention_sheet(image, sd.words(prompt), maps.mean()[i - group[0]]), files[-1][0]
+                    sheet = attention_sheet(image, sd.words(prompt), maps.mean()[i - group[0]])
                     about = f"cross-attention of: {prompt}"
                     files[-1].append(save(sheet, attention_path(path), about, quiet=bool(ranking)))
     if ranking:

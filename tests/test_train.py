@@ -389,7 +389,7 @@ def test_checkpoints_are_scored(teach, small_clip, tmp_path):
         "likeness": pytest.approx((images[:-2] @ clip.images(list(pictures.values())).T).mean().item(), abs=1e-5),
         "prompt": pytest.approx((images * text).sum(1).mean().item(), abs=1e-5)}
     features = clip.images(list(pictures.values()))
-    worst = Scorer(clip, list(pictures.values()), "dog").worst_fit
+    worst = Scorer(clip, list(pictures.values()), "dog").own_fit
     assert worst == pytest.approx((features @ text.T).mean().item(), abs=1e-6)
 
 
@@ -403,7 +403,7 @@ def scored(monkeypatch, scores: list[tuple[float, float]]) -> None:
         return scores[str(step)]
 
     monkeypatch.setattr(Scorer, "note", note)
-    monkeypatch.setattr(Scorer, "worst_fit", property(lambda _: 0.1, lambda *_: None), raising=False)
+    monkeypatch.setattr(Scorer, "own_fit", property(lambda _: 0.1, lambda *_: None), raising=False)
 
 
 @pytest.mark.parametrize("scores, keep, kept, said", [

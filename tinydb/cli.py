@@ -140,11 +140,12 @@ def options_in_file(settings_class: type, path: str | None) -> dict[str, Any]:
     require(Path(path).is_file(), f"--config {path}: no such file")
     named, options = option_names(settings_class), {}
     entries = read_json(Path(path))
-    if entries.pop("run", None) is not None:  # a run's
+    if entries.pop("run", None) is not None:  # it is the config.json of a run
         options = {f.name: f.metadata["before"] for f in fields(settings_class) if "before" in f.metadata}
     for key, value in entries.items():
-        require(as_name(key) in named, f"{path}: {no_such_option(settings_class, key)}")
-        options[named[as_name(key)].name] = tuple(value) if isinstance(value, list) else value
+        name = as_name(key)
+        require(name in named, f"{path}: {no_such_option(settings_class, key)}")
+        options[named[name].name] = tuple(value) if isinstance(value, list) else value
     return options
 
 

@@ -160,7 +160,8 @@ class StableDiffusion:
 
         text_embeds, negative_embeds = (self.encode_prompt(texts)
                                         for texts in (prompts, [sampling.negative] * len(prompts)))
-        stop_timestep = [*timesteps, 0][int(sampling.guidance_stop * len(timesteps))]  # 0 is never: no step is there
+        guided_steps = int(sampling.guidance_stop * len(timesteps))
+        stop_timestep = timesteps[guided_steps] if guided_steps < len(timesteps) else 0  # no step is there: never
         denoiser = guided(predict, text_embeds, negative_embeds, sampling.guidance_scale, stop_timestep)
         yield from sample(self.schedule, denoiser, latents.to(self.device, torch.float32), sampling.sampler, timesteps)
 

@@ -56,7 +56,9 @@ def write_report(out: Path) -> None:
     """
     config, metrics = read_json(out / "config.json"), read_metrics(out / "metrics.jsonl")
     steps, done = config["steps"], metrics[-1]["step"] if metrics else 0
-    finished = done == steps and (out / (LORA_FILE if config.get("lora") else "model")).exists()
+    result = out / (LORA_FILE if config.get("lora") else "model")
+    finished = done == steps and result.exists()
+    saved = finished or bool(checkpoints(out))
     subject = escape(f"a photo of {config['identifier']} {config['class_noun']}")
     state = f"Step {done} of {steps}, {'finished' if finished else 'not finished yet'}"
     page = f"""<!DOCTYPE html>
@@ -69,7 +71,7 @@ def write_report(out: Path) -> None:
 <p>{state}</p>
 <progress value="{done}" max="{steps}"></progress>
 <h2>Try it</h2>
-{command(out, config["class_noun"]) if finished or checkpoints(out) else '<p class="note">Nothing is saved yet.</p>'}
+{command(out, config["class_noun"], saved)}
 <h2>What the model sees</h2>
 {picture(out / "inputs.png", "The pictures of the subject")}
 <p class="note lines">{escape(parameters(out / "inputs.png"))}</p>
@@ -98,11 +100,14 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 def sample_command(out: Path, class_noun: str) -> str:
     """The line for a shell that draws the subject with what is in a run's folder, or in that of a checkpoint."""
-    return f"python sample.py {quote(f'{PLACEHOLDER} {class_noun} on the moon')} --weights {quote(out.as_posix())}"
+    prompt = f"{PLACEHOLDER} {class_noun} on the moon"
+    return f"python sample.py {quote(prompt)} --weights {quote(out.as_posix())}"
 
 
-def command(out: Path, class_noun: str) -> str:
-    """How to sample from the run."""
+def command(out: Path, class_noun: str, saved: bool) -> str:
+    """How to sample from the run, once something of it is saved."""
+    if not saved:
+        return '<p class="note">Nothing is saved yet.</p>'
     path, remark = out, ""
     if out.is_absolute():
         path, remark = Path("OUT"), '<p class="note">OUT is the folder of this page.</p>'

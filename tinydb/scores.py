@@ -18,6 +18,7 @@ from tinydb.storage import BOX, build_model, read_tensors, save_tensors, written
 from tinydb.tokenizer import EOS, PLACEHOLDER, CLIPTokenizer
 
 BATCH = 16  # pictures or prompts at once
+WEIGHTS = {"CLIP text": 4, "CLIP image": 1}  # of the scores of a picture, in Ranking
 TINY_NAME = "tinydb world model"  # the base of the model in the box, and of what was taught to it
 
 NO_CLIP = "no --clip (`python convert_weights.py openai/clip-vit-base-patch32 weights/clip` makes a folder for it)"
@@ -103,7 +104,7 @@ class Scorer:
             return
         self.subject = clip.images(pictures)
         self.text = clip.text([prompt.replace(f"{PLACEHOLDER} ", "") for prompt in self.prompts[:-1]])
-        self.worst_fit = (self.subject @ self.text.T).mean().item()
+        self.own_fit = (self.subject @ self.text.T).mean().item()  # of the subject's own pictures to the prompts
 
     def note(self, scores: dict[str, Score], step: int, images: list[Image.Image]) -> Score:
         """Add to the scores of all steps the means of CLIP-I and CLIP-T (arXiv 2208.12242, section 4.3) over a step's
@@ -119,8 +120,8 @@ class Scorer:
         return scores[str(step)]
 
     def best_step(self, scores: dict[str, Score], run: Run) -> int | None:
-        """The step among the run's checkpoints where learnt^5 kept is largest, or the last that comes within 3 % of it,
-        which is noise; None where there is no choice:
+        """The last of the run's checkpoints whose learnt^5 kept comes within 3 % of the largest (less is noise), as a
+        step; None where there is no choice:
 
             learnt = how much more similar its pictures are to the subject's than those of step 0, before training
             kept   = how much better its pictures fit the prompts than the subject's own pictures do
@@ -132,9 +133,10 @@ class Scorer:
         if self.clip is None or "0" not in scores or len(after) < 2:
             return None
         before = scores["0"]["likeness"]
-        merits = {step: max(score["likeness"] - before, 0) ** 5 * max(score["prompt"] - self.worst_fit, 0)
+        merits = {step: max(score["likeness"] - before, 0) ** 5 * max(score["prompt"] - self.own_fit, 0)
                   for step, score in after.items()}
-        return max(step for step, merit in merits.items() if merit >= 0.97 * max(merits.values()))
+        largest = max(merits.values())
+        return max(step for step, merit in merits.items() if merit >= 0.97 * largest)
 
     def advice(self, scores: dict[str, Score], run: Run) -> str:
         """What to say at the end of a run: the best step, where it is not the last, and how to sample it."""
@@ -177,7 +179,7 @@ class Ranking:
         for name in self.scores[0]:
             values = torch.tensor([score[name] for score in self.scores])
             deviations = (values - values.mean()) / values.std(correction=0).clamp(min=1e-6)
-            merit += 4 * deviations if name == "CLIP text" else deviations
+            merit += WEIGHTS[name] * deviations
         return merit.argsort(descending=True, stable=True).tolist()
 
 

@@ -253,8 +253,8 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) ->
             drawn = sd.decode(latents)
             scores = ranking.score(drawn) if ranking else [{}] * len(drawn)
             for i, image, score in zip(group, drawn, scores):
-                path = new_path(settings, prompt, i)
                 about = description(sd, weights, image, prompt, settings, settings.seed + i, score)
+                path = new_path(settings, prompt, i)
                 files.append([save(image, path, about, quiet=bool(ranking))])
                 if maps:
                     sheet = attention_sheet(image, sd.words(prompt), maps.mean()[i - group[0]])

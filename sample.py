@@ -108,7 +108,8 @@ def settings_in_picture(given: Settings) -> dict[str, object]:
     here = {"Sampler": described.get("Sampler") in samplers, "RNG": described.get("RNG") == "CPU",
             "CLIP text": True, "CLIP image": True,  # scores, which say nothing of how to draw
             "Eta DDIM": described.get("Eta DDIM") == "0.0",  # in our older pictures: no fresh noise, as now
-            "Model": Path(described.get("Model", "")).is_dir()}
+            "Model": Path(described.get("Model", "")).is_dir(),
+            "Lora": given.weights is None}  # it belongs to the picture's own model
     foreign = [name for name in described if not here.get(name, name in DESCRIBED)]
     if foreign:
         left = ", ".join(f"{name} {described[name][:40]}" for name in foreign)
@@ -163,7 +164,7 @@ def with_model(settings: Settings) -> Settings:
     such a file without --weights belongs to the model that its run began with or, elsewhere, to the one in the box."""
     weights, lora = newest_state(Path(settings.weights or newest_model())), settings.lora
     if (weights / LORA_FILE).exists() and (settings.weights or not lora):
-        lora = ",".join(filter(None, [str(weights / LORA_FILE), lora]))
+        lora = ",".join(dict.fromkeys([str(weights / LORA_FILE), *settings.loras]))  # each once
     elif settings.weights or not lora:
         return replace(settings, weights=str(weights))
     settings = replace(settings, lora=lora)

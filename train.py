@@ -44,7 +44,7 @@ from tinydb.lora_files import save_lora
 from tinydb.pictures import no_picture_in, pictures_digest
 from tinydb.pipeline import DEFAULT_IDENTIFIER, LAST_SEED, StableDiffusion, load
 from tinydb.prompts import prompt_remarks, read_captions, subject_prompts
-from tinydb.run import Run, StopSignal, check_finite, check_shared_device, earlier_options, memory_plan, usual_folder
+from tinydb.run import Run, StopSignal, check_finite, check_processes, earlier_options, memory_plan, usual_folder
 from tinydb.scores import Scorer, choose_clip
 from tinydb.storage import (BOX, LORA_FILE, WEIGHT_FILES, check_tensors, checkpoints, model_folder, read_tensors,
                             save_tensors, written_whole)
@@ -231,12 +231,12 @@ def start_processes(name: str) -> tuple[int, int, torch.device]:
     command line. Returns rank, world size and device."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and torch.cuda.is_available() and name in ("auto", "cuda"):
-        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), torch.cuda.device_count()
         require(here <= gpus, f"torchrun started {here} processes on {gpus} GPUs; use --nproc_per_node {gpus}")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)))  # what "cuda" means from here on
     device = choose_device(name)
     if world_size > 1:
-        check_shared_device(device, world_size)
+        check_processes(device, world_size)
         own = torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else None
         # patient enough for ranks that wait while one draws class images or writes a checkpoint
         dist.init_process_group("nccl" if own else "gloo", timeout=timedelta(hours=2), device_id=own)
@@ -370,7 +370,8 @@ def main(settings: Settings) -> None:
             with nullcontext() if last or world_size == 1 else parallel.no_sync():
                 with autocast():
                     losses = parallel(micro_batch) / settings.accumulate
-                scaler.scale((losses * loss_weights).sum()).backward()
+                # the scale lives where the loss does: beside the optimizer, or its copies there would not wait
+                scaler.scale((losses * loss_weights).sum().to(trained[0].device)).backward()
             sums[:-1] += losses.detach() / world_size
         sums[-1].fill_(stop.asked)  # an assignment would wait for the GPU
         if world_size > 1:

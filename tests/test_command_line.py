@@ -143,7 +143,8 @@ def test_devices_that_are_not_there(name):
 
 
 @pytest.mark.parametrize("reason", ["could not create a primitive", "[enforce fail at alloc_cpu.cpp:118] DefaultCPU"
-                                    "Allocator: can't allocate memory: you tried to allocate 9 bytes", "out of memory"])
+                                    "Allocator: can't allocate memory: you tried to allocate 9 bytes", "out of memory",
+                                    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"])
 def test_memory_that_is_full_and_no_docstring(monkeypatch, capsys, reason):
     """oneDNN has words of its own for it; and `python -OO` takes the docstring away."""
     def fail(settings: train.Settings) -> None:

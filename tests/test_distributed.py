@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, files, metrics, names
+from conftest import ROOT, files, metrics, names, refusal
 from processes import Script, arguments, slow_disk, start, start_ranks, turn_pictures
 from safetensors.torch import load_file
+
+import train
 
 
 @pytest.fixture
@@ -179,3 +181,11 @@ def test_torchrun(line, tmp_path):
     succeed(start_ranks(2, tmp_path / "log", *line("same")))
     assert files(tmp_path / "out" / "model") == files(tmp_path / "same" / "model")
     assert done.stdout.count("python sample.py") == 1
+
+
+def test_several_processes_without_torchrun_are_refused(nano, photos, tmp_path, monkeypatch):
+    """WORLD_SIZE may be there for another reason."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    settings = train.Settings(images=str(photos), class_noun="dog", weights=str(nano), device="cpu", out=str(tmp_path))
+    assert "no torchrun started this process" in refusal(train.main, settings)

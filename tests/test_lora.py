@@ -256,6 +256,19 @@ def test_alpha_of_diffusers_is_in_its_metadata(pairs, lora_of, tmp_path):
     assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("note", [{"unet.alpha_pattern": {"to_q": 8}}, {"text_encoder.use_rslora": True}])
+def test_other_scales_in_the_metadata_are_refused(pairs, lora_of, tmp_path, note):
+    """They were silently left out."""
+    file = tmp_path / "other.safetensors"
+    save_file(load_file(lora_of(pairs("sd1"))), file, metadata={"lora_adapter_metadata": json.dumps(note)})
+    assert [*note][0].partition(".")[2] in refusal(read_lora, file)
+
+
+def test_file_without_an_update(pairs, tmp_path):
+    save_file({}, tmp_path / "empty.safetensors")
+    assert "no update" in refusal(tinydb.load(pairs("sd1").folder).add_lora, tmp_path / "empty.safetensors")
+
+
 def test_convolutions_with_a_kernel(pairs, tmp_path):
     """kohya's "conv_dim", and diffusers' too: A has the kernel, B is 1x1."""
     pair, name = pairs("sd1"), "lora_unet_down_blocks_0_resnets_0_conv1"
@@ -401,7 +414,7 @@ def drawn(nano, tmp_path, one_thread, monkeypatch) -> Callable[..., str]:
     return draw
 
 
-def test_sample_finds_a_run_as_it_finds_a_model(teach, nano, drawn, tmp_path):
+def test_sample_finds_a_run_as_it_finds_a_model(teach, nano, drawn, tmp_path, capsys):
     """The newest, the OUT of one, a checkpoint of one; a file alone belongs to the model that its run began with."""
     out = teach(tmp_path / "runs" / "dog,cat", lora=2, lr=1e-2, steps=2, save_every=1)  # a comma is part of its name
     file = out / "lora.safetensors"
@@ -409,9 +422,13 @@ def test_sample_finds_a_run_as_it_finds_a_model(teach, nano, drawn, tmp_path):
     for settings in ({}, {"weights": str(out)}, {"lora": str(file)}, {"lora": "runs/dog,cat/lora.safetensors"},
                      {"weights": str(nano), "lora": str(file)}, {"weights": str(out / "checkpoints" / "step-000002")}):
         assert difference([Image.open(drawn(**settings))], expected) == 0, settings
+    assert difference([Image.open(drawn(weights=str(out), lora=str(file)))], expected) == 0  # added once, not twice
+    picture = drawn().rename(tmp_path / "by-the-end.png")
     earlier = out / "checkpoints" / "step-000001"
     expected = merged(nano, (earlier / "lora.safetensors", 1.0)).generate("[V] dog", steps=2)
     assert difference([Image.open(drawn(lora=str(earlier / "lora.safetensors")))], expected) == 0
+    given = sample.Settings(prompt=[], source=str(picture), weights=str(earlier))  # the same picture by another model
+    assert "lora" not in sample.settings_in_picture(given) and "not taken over: Lora" in capsys.readouterr().err
 
 
 def test_run_in_the_box_that_was_moved_finds_the_box(tmp_path):

@@ -254,6 +254,24 @@ def test_finished_run_that_cannot_go_on_keeps_its_result(teach, begun, tmp_path)
     assert files(out / "model") == files(begun / "model")
 
 
+def test_result_that_is_newer_than_any_checkpoint_is_kept(teach, begun, tmp_path):
+    """Going on would delete it, and start from what knows less."""
+    out = copied(begun, tmp_path)
+    teach(out, steps=3, save_every=0, resume=True)
+    text = refused(teach, out, steps=9)
+    assert "is of step 3, its newest checkpoint of step 2" in text
+
+
+def test_previews_of_a_run_that_is_started_over_go(teach, begun, tmp_path):
+    out = copied(begun, tmp_path)
+    shutil.rmtree(out / "checkpoints")
+    shutil.rmtree(out / "model")
+    (out / "samples").mkdir()
+    Image.new("RGB", (8, 8)).save(out / "samples" / "step-000001.png")
+    teach(out, steps=2, sample_every=2)
+    assert names(out / "samples") == ["step-000002.png"]
+
+
 def test_finished_run_that_goes_on_and_is_stopped_stands_for_its_checkpoint(teach, begun, tmp_path):
     """Not for its earlier result, which knows less."""
     out = stopped_at_step(teach, 1, copied(begun, tmp_path), steps=9, save_every=2, resume=True)

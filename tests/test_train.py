@@ -694,6 +694,18 @@ def test_tracker_gets_what_metrics_hold_and_goes_on_with_a_resumed_run(teach, tm
         (key, value, line["step"]) for line in metrics(out) for key, value in line.items() if key != "step"]
 
 
+@pytest.mark.parametrize("fails_at", ["start", "step"])
+def test_tracker_that_fails_does_not_end_the_run(teach, tmp_path, monkeypatch, capsys, fails_at):
+    def fail(*values: object, **settings: object):
+        raise RuntimeError("no network")
+
+    log = types.SimpleNamespace(id="a run", log=fail)
+    monkeypatch.setitem(sys.modules, "wandb", module("wandb", init=fail if fails_at == "start" else lambda **_: log))
+    out = teach(tmp_path / "out", log="wandb", steps=2)
+    assert len(metrics(out)) == 2 and (out / "model").exists()
+    assert "tracker this time: no network" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_tracker_that_is_not_installed(teach, tmp_path, monkeypatch, name):
     """It is noticed before anything is written."""

@@ -209,7 +209,8 @@ def leave_processes() -> None:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether a device, or the CPU, had no memory left; PyTorch has no one class for that."""
-    return any(words in str(error) for words in ("out of memory", "allocate memory", "could not create a primitive"))
+    signs = ("out of memory", "ALLOC_FAILED", "allocate memory", "could not create a primitive")
+    return any(sign in str(error) for sign in signs)
 
 
 def run(main: Callable[[Any], None], settings_class: type, doc: str | None, *, out_of_memory: str,

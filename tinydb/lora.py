@@ -99,6 +99,7 @@ def merge_lora(models: dict[str, nn.Module], path: Path, scale: float) -> dict[s
     layers = {name_in_file(part, name): layer for part, model in models.items() for name, layer in model.named_modules()
               if isinstance(layer, (nn.Linear, nn.Conv2d))}
     updates, about = read_lora(path)
+    require(bool(updates), f"{path}: holds no update; download it again")
     for name, update in updates.items():
         require(name in layers, f"{path}: this model has no layer {name}; give the model that it was made for")
         shapes = [tuple(tensor.shape) for tensor in (update["up"], update["down"], layers[name].weight)]

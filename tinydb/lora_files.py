@@ -62,6 +62,10 @@ def read_lora(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
                                    "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight")
         updates.setdefault(match[1].replace(".", "_"), {})[match[2].partition(".")[0]] = tensor.float()
     about, peft = (read_note(path, key) for key in ("tinydb", "lora_adapter_metadata"))
+    for name in ("alpha_pattern", "use_rslora", "use_dora"):
+        require(not any(peft.get(f"{part}.{name}") for part in PREFIXES),
+                f"{path}: {name} in its metadata is not supported; save it in kohya's form, with an alpha for each "
+                "layer")
     for name, update in updates.items():
         require(update.keys() >= {"down", "up"}, f"{path}: {name} lacks lora_down or lora_up; download it again")
         part = next(part for part, prefix in PREFIXES.items() if name.startswith(prefix))

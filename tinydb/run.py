@@ -3,6 +3,7 @@
     config.json    every setting, and the facts that decide the result      checkpoints/step-000180/
     inputs.png     what the model sees of the pictures                      samples/step-000180.png (previews)
     metrics.jsonl  a line for each step                                     report.html (all of it on a page)
+    class_images/  what the model drew of the class before training         model/ or lora.safetensors (the result)
 """
 
 import json
@@ -23,6 +24,7 @@ from PIL import Image
 from tinydb.cli import Stopped, extra, options_in_file, say
 from tinydb.config import as_text, read_json, require, write_json
 from tinydb.lora import updates_numel
+from tinydb.lora_files import read_lora
 from tinydb.pictures import MOST_SHOWN, grid, save_png
 from tinydb.pipeline import StableDiffusion
 from tinydb.report import sample_command, write_report
@@ -101,6 +103,14 @@ class Run:
         """What the run makes in the end: a model folder, or low-rank updates."""
         return self.out / (LORA_FILE if settings.lora else "model")
 
+    def result_step(self, settings: Any) -> int:
+        """How many steps the result has had; 0 where there is none, or it does not say."""
+        result = self.result(settings)
+        if not result.exists():
+            return 0
+        about = read_lora(result)[1] if settings.lora else read_json(result / "tinydb.json")
+        return about.get("step") or 0
+
     @property
     def finished(self) -> bool:
         """Whether a result is there."""
@@ -156,6 +166,10 @@ class Run:
             done = step_of(saved[-1]) if saved else 0
             require(done <= settings.steps,
                     f"--steps {settings.steps}: the run in {self.out} is at step {done} already; give more")
+            made = self.result_step(settings)
+            require(done == 0 or made <= done,
+                    f"--resume: the result in {self.out} is of step {made}, its newest checkpoint of step {done}; to "
+                    "go on from there would delete it: move it away first, or give another --out")
             require(done > 0 or not self.finished,
                     f"--resume: the run in {self.out} is finished and kept no checkpoint; give another --out")
         else:
@@ -242,9 +256,14 @@ class Run:
         with written_whole(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines[:step]))
         self.metrics = path.open("a")
-        self.track = open_tracker(self.out, settings, step)
+        self.track = lambda values, step: None
+        with extra("tracker"):
+            self.track = open_tracker(self.out, settings, step)
         if step:
             say(f"going on from step {step}")
+        else:
+            for preview in (self.out / "samples").glob("step-*.png"):  # of a run that is started over
+                remove(preview)
         if step < settings.steps:  # a result of fewer steps goes: the checkpoint that was read knows as much
             remove(self.result(settings))
         say(f"the run as a page: {self.out / 'report.html'}")
@@ -258,7 +277,8 @@ class Run:
         require(there, f"{self.out} was deleted, moved or taken by another run meanwhile; this run ends at step {step}")
         self.metrics.write(json.dumps({"step": step, **values}) + "\n")
         self.metrics.flush()
-        self.track(values, step)
+        with extra("line in the tracker"):
+            self.track(values, step)
 
     def preview(self, sd: StableDiffusion, prompts: list[str], step: int,
                 autocast: Callable[[], AbstractContextManager]) -> list[Image.Image]:
@@ -294,12 +314,14 @@ def check_finite(losses: list[float], scaler: torch.amp.GradScaler, step: int, l
             "another --out")
 
 
-def check_shared_device(device: torch.device, world_size: int) -> None:
-    """InputError for a device that several processes cannot train on."""
+def check_processes(device: torch.device, world_size: int) -> None:
+    """InputError where several processes cannot find one another, or cannot train on this device."""
     require(device.index is None, f"--device {device} for {world_size} processes: each takes a GPU of its own; "
                                   f"give --device {device.type}")
     require(device.type != "mps",
             f"--device mps for {world_size} processes: it cannot add up gradients; start one, without torchrun")
+    require("MASTER_ADDR" in os.environ, f"WORLD_SIZE is {world_size}, but no torchrun started this process; use it, or "
+                                         "unset WORLD_SIZE")
 
 
 def open_tracker(out: Path, settings: Any, step: int) -> Callable[[dict[str, float], int], None]:

@@ -234,8 +234,8 @@ def remove(path: Path) -> None:
 
 
 def fingerprint(folder: Path, settings: str = "") -> str:
-    """A short name for the weights of a model folder together with a text; the end of each file tells apart any two
-    models."""
+    """A short name for the weights of a model folder together with a text; the end of each file tells apart
+    models that were trained apart, but not a model and the same one with an update of other layers."""
     digest = hashlib.sha256(settings.encode())
     for part, name in WEIGHT_FILES.items():
         path = folder / part / name

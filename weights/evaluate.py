@@ -137,7 +137,7 @@ def accuracy(judge: Judge, images: list[Image.Image], scenes: list[Scene]) -> li
 
 
 def composition(settings: Settings, sd: StableDiffusion, judge: Judge, out: Path) -> None:
-    """Prompts that name everything, drawn and judged; the last rows are the judge's view of real scenes."""
+    """Prompts that name everything, drawn and judged; beside the drawn ones, the judge's view of real scenes."""
     total = 100 if settings.quick else 500
     rows = {}
     for name, count, held_out in (("seen", total - total // 3, False), ("held out", total // 3, True)):
@@ -398,7 +398,8 @@ class Study:
         shutil.rmtree(folder, ignore_errors=True)
         given = ["--images", self.pictures(arm, name), "--class", noun, "--weights", self.weights, "--seed", seed]
         if arm.diffusers:
-            [drawn] = class_dir.iterdir()
+            drawn = next(class_dir.iterdir(), None)
+            require(drawn is not None, f"{class_dir}: no class images; do again a row that draws them, too")
             run_script("weights/reference.py", *given, "--out", folder / "model", "--class-dir", drawn)
         else:
             run_script("train.py", *given, *self.class_prompts(arm, name), *arm.options, "--out", folder,

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -175,10 +176,13 @@ def train(name: str, model: nn.Module, loss_of: Callable[[nn.Module], Tensor], s
             optimizer.load_state_dict(state["optimizer"])
 
     device = next(model.parameters()).device
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if device.type == "cpu":  # its flash attention in bf16 takes half of a step, in the backward pass
+        kernels = [SDPBackend.MATH]
 
     def backward() -> Tensor:
         model.zero_grad()
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16), sdpa_kernel(kernels):
             loss = loss_of(model)
         loss.backward()
         return loss.detach()

@@ -37,7 +37,7 @@ from tinydb.pictures import (MOST_SHOWN, VISIBLE, describe, grid, no_picture_in,
 from tinydb.pipeline import LAST_SEED, Sampling, StableDiffusion
 from tinydb.prompts import read_lines
 from tinydb.run import config_around
-from tinydb.scores import NO_CLIP, Ranking, choose_clip, subject_pictures
+from tinydb.scores import NO_CLIP, Ranking, choose_clip
 from tinydb.storage import BOX, LORA_FILE, existing_parent, model_folder, newest_state
 from tinydb.tokenizer import PLACEHOLDER
 
@@ -266,20 +266,15 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) ->
     paths = [path for path, *_ in files]
     if len(paths) > 1:
         sheet = out if settings.out_is_file else paths[0].with_name(f"{paths[0].stem}-grid.png")
-        shown = paths[:MOST_SHOWN]
+        shown = [open_picture(path) for path in paths[:MOST_SHOWN]]
         captions = [prompt] + [""] * (len(shown) - 1)
-        save(sheet_of(shown, min(len(shown), 4), captions), sheet, f"{len(shown)} pictures of: {prompt}")
+        save(grid(shown, min(len(shown), 4), captions), sheet, f"{len(shown)} pictures of: {prompt}")
     return paths
-
-
-def sheet_of(paths: list[Path], columns: int, captions: list[str]) -> Image.Image:
-    """Pictures on the disk as a grid."""
-    return grid([open_picture(path) for path in paths], columns, captions)
 
 
 def keep_best(ranking: Ranking, files: list[list[Path]], settings: Settings) -> list[list[Path]]:
     """Delete the files of all but the best pictures of --best; print and return those of the best, best first."""
-    order, best = ranking.best(), []
+    order = ranking.best()
     for i in order[settings.best :]:
         for path in files[i]:
             path.unlink()
@@ -287,10 +282,9 @@ def keep_best(ranking: Ranking, files: list[list[Path]], settings: Settings) -> 
         if settings.out_is_file and settings.best == 1:  # it gets the name of --out
             out = Path(settings.out)
             files[i] = [path.replace(name) for path, name in zip(files[i], (out, attention_path(out)))]
-        best.append(files[i])
         print(*files[i], sep="\n")
         say(scores_text(ranking.scores[i]))
-    return best
+    return [files[i] for i in order[: settings.best]]
 
 
 def picture_to_draw_over(sd: StableDiffusion, settings: Settings) -> Image.Image:
@@ -322,8 +316,10 @@ def open_ranking(info: ModelInfo, weights: Path, prompt: str, settings: Settings
     clip = choose_clip(settings.clip, info.base)
     require(clip is not None, f"{'--among' if settings.among else '--best'}: {NO_CLIP}")
     taught = Path(settings.loras[-1]) if settings.lora else weights
-    subject = subject_pictures(taught, clip.side) if PLACEHOLDER in prompt else []
-    if PLACEHOLDER in prompt and not subject:
+    subject, images = [], config_around(taught).get("images")
+    if PLACEHOLDER in prompt and isinstance(images, str) and Path(images).is_dir():
+        subject = list(read_pictures(Path(images), clip.side)[0].values())
+    elif PLACEHOLDER in prompt:
         say(f"{taught}: the pictures of {PLACEHOLDER} are not where its run found them; only the rest of the prompt "
             "is compared")
     return Ranking(clip, prompt, subject)
@@ -377,7 +373,8 @@ def main(settings: Settings) -> None:
     count = len(rows[0])
     if 1 < len(prompts) <= SERIES and count <= SERIES:
         captions = [caption for prompt in prompts for caption in [prompt] + [""] * (count - 1)]
-        save(sheet_of(sum(rows, []), count, captions), new_path(settings, "series"), " | ".join(prompts))
+        images = [open_picture(path) for row in rows for path in row]
+        save(grid(images, count, captions), new_path(settings, "series"), " | ".join(prompts))
 
 
 if __name__ == "__main__":

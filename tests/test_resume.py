@@ -406,7 +406,7 @@ def test_finished_run_without_checkpoints_is_refused(teach, begun, tmp_path):
     """Rather than taught anew from the beginning."""
     out = copied(begun, tmp_path)
     shutil.rmtree(out / "checkpoints")
-    assert "kept no checkpoint" in refused(teach, out)
+    assert "its newest checkpoint of step 0" in refused(teach, out)
 
 
 def test_steps_below_those_done_are_refused(teach, begun):
@@ -552,7 +552,8 @@ def test_two_runs_never_write_into_one_folder(nano, photos, tmp_path):
         assert f"since {time.strftime('%Y-')}" in second.message and "another --out" in second.message
     first.process.kill()
     first.process.join()
-    leftovers = [out / f".model.{first.process.pid}.tmp", out / "checkpoints" / ".step-000005.old"]
+    gone = first.process.pid
+    leftovers = [out / f".model.{gone}.tmp", out / "checkpoints" / f".step-000005.old.{gone}.tmp"]
     for leftover in leftovers:
         (leftover / "unet").mkdir(parents=True)
     living = out / "class_images" / f".00000.png.{os.getpid()}.tmp"

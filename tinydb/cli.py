@@ -132,11 +132,9 @@ def no_such_option(settings_class: type, name: str) -> str:
     return f"no option {name!r}; the nearest is {shown}: {f.metadata['help']}"
 
 
-def options_in_file(settings_class: type, path: str | None) -> dict[str, Any]:
-    """The options in a JSON file, by the names of their fields; none without a file. A run's config.json may be older
-    than an option: `before`, which the option declares, is what the run did then."""
-    if path is None:
-        return {}
+def options_in_file(settings_class: type, path: str) -> dict[str, Any]:
+    """The options in a JSON file, by the names of their fields. A run's config.json may be older than an option:
+    `before`, which the option declares, is what the run did then."""
     require(Path(path).is_file(), f"--config {path}: no such file")
     named, options = option_names(settings_class), {}
     entries = read_json(Path(path))

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from tinydb.config import ModelInfo, require
+from tinydb.config import ModelInfo, parse_json, require
 from tinydb.storage import LORA_FILE, read_tensors, save_tensors
 
 PREFIXES = {"text_encoder": "lora_te", "unet": "lora_unet"}
@@ -78,10 +78,4 @@ def read_lora(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
 def read_note(path: Path, key: str) -> dict[str, Any]:
     """The JSON object that a safetensors file holds under `key` of its metadata; empty where there is none."""
     with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get(key, "{}")
-    try:
-        note = json.loads(text)
-    except (ValueError, RecursionError):
-        note = None
-    require(isinstance(note, dict), f"{path}: its metadata {key} is no JSON object; download it again")
-    return note
+        return parse_json((file.metadata() or {}).get(key, "{}"), f"{path}: its metadata {key}")

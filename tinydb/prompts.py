@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from tinydb.config import InputError, check_file, require
+from tinydb.config import read_text, require
 from tinydb.tokenizer import PLACEHOLDER, CLIPTokenizer
 
 NOUN = "{noun}"  # stands for the class in a template
@@ -19,18 +19,6 @@ def fill(template: str, noun: str) -> str:
 def class_prompt(noun: str) -> str:
     """The plain class prompt of the DreamBooth paper: "a photo of a dog"."""
     return fill(f"a photo of a {NOUN}", noun)
-
-
-def read_text(path: Path) -> str:
-    """What a text file says; InputError where it cannot be read as UTF-8."""
-    try:
-        check_file(path)
-        return path.read_text(encoding="utf-8-sig")  # Windows begins a file with a mark
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected a text") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror or error if isinstance(error, OSError) else "not UTF-8"
-        raise InputError(f"{path}: not readable as text ({reason}); save it as plain text in UTF-8") from None
 
 
 def read_lines(path: Path) -> list[str]:

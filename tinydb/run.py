@@ -28,7 +28,7 @@ from tinydb.lora_files import read_lora
 from tinydb.pictures import MOST_SHOWN, grid, save_png
 from tinydb.pipeline import StableDiffusion
 from tinydb.report import sample_command, write_report
-from tinydb.storage import LORA_FILE, check_free_disk, checkpoints, has_writer, lock, remove, step_of, written_whole
+from tinydb.storage import LORA_FILE, check_free_disk, checkpoints, lock, remove, step_of, sweep, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 
 CAUSES = {  # what a fact stands for that a person knows by another name
@@ -84,7 +84,7 @@ def config_around(path: Path) -> dict[str, Any]:
 def earlier_options(settings_class: type, given: Any) -> dict[str, Any]:
     """What holds where the command line says nothing: the options in the file of --config and, to go on with a run,
     those that it noted."""
-    in_file = options_in_file(settings_class, given.config)
+    in_file = options_in_file(settings_class, given.config) if given.config else {}
     images, out = (str(getattr(given, name) or in_file.get(name) or "") for name in ("images", "out"))
     config = Path(out or usual_folder(images)) / "config.json"
     if not (given.resume or in_file.get("resume")) or not config.exists():
@@ -103,27 +103,22 @@ class Run:
         """What the run makes in the end: a model folder, or low-rank updates."""
         return self.out / (LORA_FILE if settings.lora else "model")
 
-    def result_step(self, settings: Any) -> int:
-        """How many steps the result has had; 0 where there is none, or it does not say."""
-        result = self.result(settings)
-        if not result.exists():
-            return 0
-        about = read_lora(result)[1] if settings.lora else read_json(result / "tinydb.json")
-        return about.get("step") or 0
-
-    @property
-    def finished(self) -> bool:
-        """Whether a result is there."""
-        return (self.out / "model").exists() or (self.out / LORA_FILE).exists()
-
     # ---------------------------------------------------------------------------------------- whose it is
 
     def begin(self, rank: int, sd: StableDiffusion, settings: Any, facts: dict[str, Any]) -> None:
         """Make OUT this run's, for all processes: the first claims it, the others wait for that. InputError in each
-        of them where they differ, or do not see OUT."""
+        of them where one does not see OUT, or was started differently, or found other facts, than the first: they
+        would wait for one another forever, or train on different things."""
         require(not (settings.lora and settings.offload),
                 "--offload: with --lora there is little to offload; leave it out, or give --lora 0")
-        self.compare_processes(settings, facts)
+        if dist.is_initialized():
+            everyone = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, asdict(settings) | facts)
+            for process, theirs in enumerate(everyone):
+                for name, value in everyone[0].items():
+                    require(theirs[name] == value, f"process {process} has {name} {theirs[name]!r}, process 0 "
+                                                   f"{value!r}; start all of them with the same command, on the same "
+                                                   "files")
         if rank == 0:
             require(settings.log is None or find_spec(settings.log) is not None,
                     f"--log {settings.log}: not installed; run `pip install {settings.log}`")
@@ -133,18 +128,6 @@ class Run:
             dist.barrier()
         require((self.out / "config.json").exists(),
                 f"{self.out} is not visible to process {rank}; put it on a shared disk")
-
-    def compare_processes(self, settings: Any, facts: dict[str, Any]) -> None:
-        """InputError in all processes where one was started differently, or found other facts, than the first: they
-        would wait for one another forever, or train on different things."""
-        if not dist.is_initialized():
-            return
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, asdict(settings) | facts)
-        for rank, theirs in enumerate(everyone):
-            for name, value in everyone[0].items():
-                require(theirs[name] == value, f"process {rank} has {name} {theirs[name]!r}, process 0 {value!r}; "
-                                               "start all of them with the same command, on the same files")
 
     def claim(self, settings: Any, facts: dict[str, Any]) -> None:
         """Make OUT this run's, and note in config.json everything that decides its result: the settings, and under
@@ -156,8 +139,7 @@ class Run:
         config = self.out / "config.json"
         require(config.exists() or not settings.resume,
                 f"--resume: no run in {self.out}; leave --resume out to start one")
-        visible = [path for path in self.out.glob("*") if not path.name.startswith(".")]
-        require(config.exists() or not visible,
+        require(config.exists() or not any(self.out.glob("[!.]*")),
                 f"{self.out} is not empty, and no run of this program; give another folder with --out")
         self.lock = lock(self.out / ".lock")
         saved = checkpoints(self.out)
@@ -166,21 +148,20 @@ class Run:
             done = step_of(saved[-1]) if saved else 0
             require(done <= settings.steps,
                     f"--steps {settings.steps}: the run in {self.out} is at step {done} already; give more")
-            made = self.result_step(settings)
-            require(done == 0 or made <= done,
+            result, made = self.result(settings), 0
+            if result.exists():
+                about = read_lora(result)[1] if settings.lora else read_json(result / "tinydb.json")
+                made = about["step"] if isinstance(about.get("step"), int) else 1  # an older one may not say
+            require(made <= done,
                     f"--resume: the result in {self.out} is of step {made}, its newest checkpoint of step {done}; to "
                     "go on from there would delete it: move it away first, or give another --out")
-            require(done > 0 or not self.finished,
-                    f"--resume: the run in {self.out} is finished and kept no checkpoint; give another --out")
         else:
-            require(not saved and not self.finished,
+            require(not saved and not any((self.out / name).exists() for name in ("model", LORA_FILE)),
                     f"{self.out} holds a run; continue it with --resume, or give this one a folder with --out")
         noted = {f.name: getattr(settings, f.name) for f in fields(settings) if f.metadata.get("noted", True)}
         with written_whole(config) as temporary:
             write_json(temporary, {**noted, "run": facts})
-        for leftover in [*self.out.rglob(".*.tmp"), *self.out.rglob(".*.old")]:  # of a run that was killed
-            if leftover.suffix == ".old" or not has_writer(leftover):
-                remove(leftover)
+        sweep(self.out, "**/.*.tmp")  # of a run that was killed
 
     def check_same(self, settings: Any, facts: dict[str, Any], noted: dict[str, Any]) -> None:
         """InputError that names the one setting or fact in which a resumed run differs from what was `noted`. What an
@@ -256,9 +237,7 @@ class Run:
         with written_whole(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines[:step]))
         self.metrics = path.open("a")
-        self.track = lambda values, step: None
-        with extra("tracker"):
-            self.track = open_tracker(self.out, settings, step)
+        self.track = open_tracker(self.out, settings, step)
         if step:
             say(f"going on from step {step}")
         else:
@@ -325,24 +304,25 @@ def check_processes(device: torch.device, world_size: int) -> None:
 
 
 def open_tracker(out: Path, settings: Any, step: int) -> Callable[[dict[str, float], int], None]:
-    """A function (values, step) that logs to tensorboard or wandb, or does nothing where neither is asked for."""
-    if settings.log == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
+    """A function (values, step) that logs to tensorboard or wandb, or does nothing where neither can be opened."""
+    with extra("tracker"):
+        if settings.log == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(out / "tensorboard", purge_step=step + 1)
 
-        def log(values: dict[str, float], step: int) -> None:
-            for key, value in values.items():
-                writer.add_scalar(key, value, step)
-            writer.flush()  # however the run ends, its curves are there
+            def log(values: dict[str, float], step: int) -> None:
+                for key, value in values.items():
+                    writer.add_scalar(key, value, step)
+                writer.flush()  # however the run ends, its curves are there
 
-        return log
-    if settings.log == "wandb":
-        import wandb
-        known = out / "wandb-run"  # a resumed run goes on in the same place
-        run = wandb.init(project="tinydb", dir=out, name=out.name, config=asdict(settings), resume="allow",
-                         id=known.read_text() if step and known.exists() else None)
-        known.write_text(run.id)
-        return lambda values, step: run.log(values, step=step)
+            return log
+        if settings.log == "wandb":
+            import wandb
+            known = out / "wandb-run"  # a resumed run goes on in the same place
+            run = wandb.init(project="tinydb", dir=out, name=out.name, config=asdict(settings), resume="allow",
+                             id=known.read_text() if step and known.exists() else None)
+            known.write_text(run.id)
+            return lambda values, step: run.log(values, step=step)
     return lambda values, step: None
 
 

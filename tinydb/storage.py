@@ -42,7 +42,6 @@ RENAMES = {
     "clip": [
         (r"(?:text|vision)_model\.embeddings\.position_ids", None),
     ],
-    "unet": [],
     "vae": [
         (r"(.+\.attentions\.0)\.query\.(.+)", r"\1.to_q.\2"),
         (r"(.+\.attentions\.0)\.key\.(.+)", r"\1.to_k.\2"),
@@ -69,9 +68,8 @@ def canonical_names(part: str, tensors: dict[str, Tensor], source: Path) -> dict
     weights = {}
     for name, tensor in tensors.items():
         usual = name
-        for pattern, replacement in RENAMES[part]:
-            match = re.fullmatch(pattern, name)
-            if match:
+        for pattern, replacement in RENAMES.get(part, []):
+            if match := re.fullmatch(pattern, name):
                 usual = replacement and match.expand(replacement)
                 break
         require(usual not in weights, f"{source}: {name} is a second tensor for {usual}; delete one of them")
@@ -147,9 +145,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for other in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-            if not has_writer(other):
-                remove(other)
+        sweep(path.parent, f".{glob.escape(path.name)}.*.tmp")
         remove(temporary)
         yield temporary
         for written in [temporary, *temporary.rglob("*")]:
@@ -165,18 +161,17 @@ def written_whole(path: Path) -> Iterator[Path]:
         remove(temporary)
 
 
-def has_writer(temporary: Path) -> bool:
-    """Whether the process that writes a temporary file of `written_whole` is there, or may be."""
-    process = temporary.name.split(".")[-2]
-    if os.name == "nt" or not process.isdecimal():  # Windows has no signal that only asks
-        return True
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # another user's
-        pass
-    return True
+def sweep(folder: Path, pattern: str) -> None:
+    """Delete what `written_whole` and `remove` left, under names of this pattern, in processes that are no more."""
+    for temporary in [*folder.glob(pattern)]:
+        process = temporary.name.split(".")[-2]
+        if os.name != "nt" and process.isdecimal():  # Windows has no signal that only asks
+            try:
+                os.kill(int(process), 0)
+            except (ProcessLookupError, OverflowError):
+                remove(temporary)
+            except PermissionError:  # another user's
+                pass
 
 
 def lock(path: Path) -> int:
@@ -210,22 +205,20 @@ def flush(path: Path) -> None:
     shares may not, and Windows cannot open a folder."""
     try:
         descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):  # what was written is not there
             raise
-    finally:
-        os.close(descriptor)
 
 
 def remove(path: Path) -> None:
     """Delete a file or a folder, if it is there; a folder loses its name first, so that nobody ever sees half of it."""
     if path.is_dir():
-        nameless = path.with_name(f".{path.name}.old")
-        if nameless.exists():  # what a killed run left
+        nameless = path.with_name(f".{path.name}.old.{os.getpid()}.tmp")
+        if nameless.exists():  # what a killed run of this number left
             shutil.rmtree(nameless)
         os.replace(path, nameless)
         shutil.rmtree(nameless)

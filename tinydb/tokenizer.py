@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor
 
-from tinydb.config import InputError, as_text, check_file, read_json, write_json
+from tinydb.config import InputError, as_text, read_json, read_text, write_json
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 PLACEHOLDER = "[V]"  # stands for the identifier in every prompt, as in the DreamBooth paper
@@ -74,8 +74,7 @@ class CLIPTokenizer:
                 if (folder / name).exists():
                     settings |= read_json(folder / name)
             if (folder / "vocab.json").exists():
-                check_file(folder / "merges.txt")
-                lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+                lines = read_text(folder / "merges.txt").split("\n")
                 merges = [line for line in lines if line and not line.startswith("#version")]
                 model = {"vocab": read_json(folder / "vocab.json"), "merges": merges}
             else:

@@ -299,8 +299,8 @@ def check_processes(device: torch.device, world_size: int) -> None:
                                   f"give --device {device.type}")
     require(device.type != "mps",
             f"--device mps for {world_size} processes: it cannot add up gradients; start one, without torchrun")
-    require("MASTER_ADDR" in os.environ, f"WORLD_SIZE is {world_size}, but no torchrun started this process; use it, or "
-                                         "unset WORLD_SIZE")
+    require("MASTER_ADDR" in os.environ,
+            f"WORLD_SIZE is {world_size}, but no torchrun started this process; use it, or unset WORLD_SIZE")
 
 
 def open_tracker(out: Path, settings: Any, step: int) -> Callable[[dict[str, float], int], None]:

@@ -37,7 +37,7 @@ from tinydb.pictures import (MOST_SHOWN, VISIBLE, describe, grid, no_picture_in,
 from tinydb.pipeline import LAST_SEED, Sampling, StableDiffusion
 from tinydb.prompts import read_lines
 from tinydb.run import config_around
-from tinydb.scores import NO_CLIP, Ranking, choose_clip
+from tinydb.scores import NO_CLIP, Ranking, choose_clip, subject_pictures
 from tinydb.storage import BOX, LORA_FILE, existing_parent, model_folder, newest_state
 from tinydb.tokenizer import PLACEHOLDER
 
@@ -316,10 +316,8 @@ def open_ranking(info: ModelInfo, weights: Path, prompt: str, settings: Settings
     clip = choose_clip(settings.clip, info.base)
     require(clip is not None, f"{'--among' if settings.among else '--best'}: {NO_CLIP}")
     taught = Path(settings.loras[-1]) if settings.lora else weights
-    subject, images = [], config_around(taught).get("images")
-    if PLACEHOLDER in prompt and isinstance(images, str) and Path(images).is_dir():
-        subject = list(read_pictures(Path(images), clip.side)[0].values())
-    elif PLACEHOLDER in prompt:
+    subject = subject_pictures(taught, clip.side) if PLACEHOLDER in prompt else []
+    if PLACEHOLDER in prompt and not subject:
         say(f"{taught}: the pictures of {PLACEHOLDER} are not where its run found them; only the rest of the prompt "
             "is compared")
     return Ranking(clip, prompt, subject)

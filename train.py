@@ -370,7 +370,7 @@ def main(settings: Settings) -> None:
             with nullcontext() if last or world_size == 1 else parallel.no_sync():
                 with autocast():
                     losses = parallel(micro_batch) / settings.accumulate
-                # the scale lives where the loss does: beside the optimizer, or its copies there would not wait
+                # GradScaler keeps its scale on the loss's device: on the optimizer's, no copy of it can come late
                 scaler.scale((losses * loss_weights).sum().to(trained[0].device)).backward()
             sums[:-1] += losses.detach() / world_size
         sums[-1].fill_(stop.asked)  # an assignment would wait for the GPU

@@ -54,7 +54,8 @@ def read_text(path: Path, expected: str = "a text") -> str:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected {expected}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not readable as text ({error}); save it as plain text in UTF-8") from None
+        reason = error.strerror or error if isinstance(error, OSError) else "not UTF-8"
+        raise InputError(f"{path}: not readable as text ({reason}); save it as plain text in UTF-8") from None
 
 
 def parse_json(text: str, source: Path | str) -> dict[str, Any]:
@@ -129,11 +130,11 @@ class Checked:
 
 @dataclass(frozen=True)
 class PartConfig(Checked):
-    """The settings in one file: the fields that decide what is built, and those that may have one value only."""
+    """One part's `config.json`: the fields that decide what is built, and the settings that may have one value only."""
 
     FIXED: ClassVar[dict[str, Any]] = {}  # key -> the one value that this code builds
     HEADER: ClassVar[dict[str, Any]] = {}  # written to the file besides the fields, for diffusers and transformers
-    CLOSED: ClassVar[bool] = False  # whether a key we do not know must be empty: it would change the network
+    CLOSED: ClassVar[bool] = True  # a key we do not know must be empty: it would change the network
 
     @classmethod
     def read(cls, path: Path):
@@ -184,6 +185,7 @@ class TextConfig(PartConfig):
     pad_token_id: int = 1
 
     CAUSAL: ClassVar[bool] = True  # a token sees itself and the tokens before it
+    CLOSED = False  # transformers writes many entries that concern other uses of CLIP
     # float32 whatever the precision on disk: diffusers would load this part alone in half precision otherwise
     HEADER = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float32"}
 
@@ -207,6 +209,7 @@ class VisionConfig(PartConfig):
     layer_norm_eps: float = setting(1e-5, above=0, most=1)
 
     CAUSAL: ClassVar[bool] = False
+    CLOSED = False
     HEADER = {"model_type": "clip_vision_model", "num_channels": 3}
     FIXED = {"num_channels": 3}
 
@@ -227,6 +230,7 @@ class CLIPConfig(PartConfig):
     projection_dim: int = setting(512, least=1, most=10**4)  # D of the space that text and pictures share
     logit_scale_init_value: float = setting(2.6592, above=-100, most=100)  # log(1 / 0.07)
 
+    CLOSED = False
     HEADER = {"architectures": ["CLIPModel"], "model_type": "clip", "dtype": "float32"}
 
     @classmethod
@@ -268,7 +272,6 @@ class UNetConfig(PartConfig):
     norm_num_groups: int = setting(32, least=1, most=1000)
     norm_eps: float = setting(1e-5, above=0, most=1)
 
-    CLOSED = True
     HEADER = {"_class_name": "UNet2DConditionModel"}
     FIXED = {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_type": "UNetMidBlock2DCrossAttn",
              "downsample_padding": 1, "mid_block_scale_factor": 1, "dropout": 0, "transformer_layers_per_block": 1,
@@ -310,7 +313,6 @@ class VAEConfig(PartConfig):
     scaling_factor: float = setting(0.18215, above=0, most=10**6)
     sample_size: int = setting(32, least=1, most=10**4)
 
-    CLOSED = True
     HEADER = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "act_fn": "silu",
               "force_upcast": False}
     FIXED = {"act_fn": "silu", "in_channels": 3, "out_channels": 3, "use_quant_conv": True,
@@ -341,6 +343,7 @@ class ScheduleConfig(PartConfig):
     beta_schedule: str = setting("linear", choices=("linear", "scaled_linear"))
     prediction_type: str = setting("epsilon", choices=("epsilon", "v_prediction"))
 
+    CLOSED = False  # samplers have many settings of their own, and we bring our own sampler
     # diffusers' pipeline insists on steps_offset 1; the other three make its DDIM step the paper's
     HEADER = {"_class_name": "DDIMScheduler", "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
     FIXED = {"trained_betas": None, "rescale_betas_zero_snr": False, "use_flow_sigmas": False}
@@ -359,7 +362,7 @@ class ScheduleConfig(PartConfig):
 
 
 @dataclass(frozen=True)
-class Recipe(PartConfig):
+class Recipe(Checked):
     """What DreamBooth on a model should use unless told otherwise. The defaults are Stable Diffusion's
     (diffusers' examples/dreambooth/README.md, "Fine-tune text encoder with the UNet")."""
 
@@ -387,7 +390,7 @@ class Recipe(PartConfig):
 
 
 @dataclass(frozen=True)
-class ModelInfo(PartConfig):
+class ModelInfo(Checked):
     """Our own `tinydb.json`: what the folder was taught, how to teach it more, and where it came from."""
 
     identifier: str | None = None  # the word that [V] stands for
@@ -403,8 +406,13 @@ class ModelInfo(PartConfig):
         entries = read_json(path) if path.exists() else {}
         recipe = entries.get("recipe") or {}
         require(isinstance(recipe, dict), f"{path}: recipe {recipe!r}: expected an object of settings")
-        entries |= {"class_noun": entries.get("class"), "recipe": Recipe.from_dict(recipe, f"{path}: recipe")}
-        return cls.from_dict(entries, str(path))
+        names = {f.name for f in fields(Recipe)}
+        try:
+            return cls(entries.get("identifier"), entries.get("class"), entries.get("step"), entries.get("base") or {},
+                       Recipe(**{name: tuple(value) if isinstance(value, list) else value
+                                 for name, value in recipe.items() if name in names}))
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The entries of `tinydb.json`."""

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from tinydb.config import require
-from tinydb.pictures import open_picture, to_pixels
+from tinydb.pictures import is_flat, open_picture, to_pixels
 from tinydb.vae import AutoencoderKL
 
 ENCODE_BATCH = 2  # at full size the encoder, in fp32, needs a GB for each
@@ -33,7 +33,7 @@ def read_pictures(folder: Path, size: int) -> tuple[dict[str, Image.Image], list
         except ValueError as error:
             remarks.append(f"{path.name} is skipped: {error}")
             continue
-        if all(high - low < 8 for low, high in image.getextrema()):
+        if is_flat(image):
             remarks.append(f"{path.name} is one flat colour: is that what it should show?")
         if min(image.size) * 1.5 < size:
             remarks.append(f"{path.name} is only {image.width}x{image.height}: enlarged to {size}, it will look soft")

@@ -88,6 +88,11 @@ def to_srgb(image: Image.Image) -> Image.Image:
         return image
 
 
+def is_flat(image: Image.Image) -> bool:
+    """Whether a picture shows nothing but one colour, more or less."""
+    return all(high - low < 8 for low, high in image.getextrema())
+
+
 def to_pixels(images: Iterable[Image.Image | np.ndarray]) -> Tensor:
     """RGB images of one size -> pixels (B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 127.5 - 1

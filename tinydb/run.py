@@ -107,18 +107,10 @@ class Run:
 
     def begin(self, rank: int, sd: StableDiffusion, settings: Any, facts: dict[str, Any]) -> None:
         """Make OUT this run's, for all processes: the first claims it, the others wait for that. InputError in each
-        of them where one does not see OUT, or was started differently, or found other facts, than the first: they
-        would wait for one another forever, or train on different things."""
+        of them where they differ, or do not see OUT."""
         require(not (settings.lora and settings.offload),
                 "--offload: with --lora there is little to offload; leave it out, or give --lora 0")
-        if dist.is_initialized():
-            everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, asdict(settings) | facts)
-            for process, theirs in enumerate(everyone):
-                for name, value in everyone[0].items():
-                    require(theirs[name] == value, f"process {process} has {name} {theirs[name]!r}, process 0 "
-                                                   f"{value!r}; start all of them with the same command, on the same "
-                                                   "files")
+        self.compare_processes(settings, facts)
         if rank == 0:
             require(settings.log is None or find_spec(settings.log) is not None,
                     f"--log {settings.log}: not installed; run `pip install {settings.log}`")
@@ -128,6 +120,18 @@ class Run:
             dist.barrier()
         require((self.out / "config.json").exists(),
                 f"{self.out} is not visible to process {rank}; put it on a shared disk")
+
+    def compare_processes(self, settings: Any, facts: dict[str, Any]) -> None:
+        """InputError in all processes where one was started differently, or found other facts, than the first: they
+        would wait for one another forever, or train on different things."""
+        if not dist.is_initialized():
+            return
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, asdict(settings) | facts)
+        for rank, theirs in enumerate(everyone):
+            for name, value in everyone[0].items():
+                require(theirs[name] == value, f"process {rank} has {name} {theirs[name]!r}, process 0 {value!r}; "
+                                               "start all of them with the same command, on the same files")
 
     def claim(self, settings: Any, facts: dict[str, Any]) -> None:
         """Make OUT this run's, and note in config.json everything that decides its result: the settings, and under
@@ -304,7 +308,8 @@ def check_processes(device: torch.device, world_size: int) -> None:
 
 
 def open_tracker(out: Path, settings: Any, step: int) -> Callable[[dict[str, float], int], None]:
-    """A function (values, step) that logs to tensorboard or wandb, or does nothing where neither can be opened."""
+    """A function (values, step) that logs to tensorboard or wandb, or does nothing: where neither is asked
+    for, or it cannot be opened."""
     with extra("tracker"):
         if settings.log == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter

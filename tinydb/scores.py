@@ -10,9 +10,10 @@ from torch import Tensor
 from tinydb.cli import say
 from tinydb.clip import MEAN, STD, CLIPModel, preprocess
 from tinydb.config import CLIPConfig, read_json, require, write_json
+from tinydb.data import read_pictures
 from tinydb.prompts import class_prompt
 from tinydb.report import sample_command
-from tinydb.run import Run
+from tinydb.run import Run, config_around
 from tinydb.storage import BOX, build_model, read_tensors, save_tensors, written_whole
 from tinydb.tokenizer import EOS, PLACEHOLDER, CLIPTokenizer
 
@@ -180,6 +181,13 @@ class Ranking:
             deviations = (values - values.mean()) / values.std(correction=0).clamp(min=1e-6)
             merit += WEIGHTS[name] * deviations
         return merit.argsort(descending=True, stable=True).tolist()
+
+
+def subject_pictures(model: Path, size: int) -> list[Image.Image]:
+    """The pictures that a model was taught from, where the run that it lies in names them and they are still there."""
+    images = config_around(model).get("images")
+    there = isinstance(images, str) and Path(images).is_dir()
+    return list(read_pictures(Path(images), size)[0].values()) if there else []
 
 
 def choose_clip(folder: str | None, base: dict[str, str]) -> CLIP | None:

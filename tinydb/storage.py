@@ -161,17 +161,25 @@ def written_whole(path: Path) -> Iterator[Path]:
         remove(temporary)
 
 
+def has_writer(temporary: Path) -> bool:
+    """Whether the process that writes a temporary file of `written_whole`, or deletes one of `remove`, may be there."""
+    process = temporary.name.split(".")[-2]
+    if os.name == "nt" or not process.isdecimal():  # Windows has no signal that only asks
+        return True
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
+
+
 def sweep(folder: Path, pattern: str) -> None:
-    """Delete what `written_whole` and `remove` left, under names of this pattern, in processes that are no more."""
+    """Delete the temporary files, under names of this pattern, of processes that are no more."""
     for temporary in [*folder.glob(pattern)]:
-        process = temporary.name.split(".")[-2]
-        if os.name != "nt" and process.isdecimal():  # Windows has no signal that only asks
-            try:
-                os.kill(int(process), 0)
-            except (ProcessLookupError, OverflowError):
-                remove(temporary)
-            except PermissionError:  # another user's
-                pass
+        if not has_writer(temporary):
+            remove(temporary)
 
 
 def lock(path: Path) -> int:

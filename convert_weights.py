@@ -31,7 +31,7 @@ from tinydb.config import (Checked, CLIPConfig, InputError, ModelInfo, ScheduleC
                            VAEConfig, read_json, require)
 from tinydb.diffusion import NoiseSchedule
 from tinydb.pipeline import MODEL_INDEX, PARTS, StableDiffusion
-from tinydb.scores import build_clip
+from tinydb.scores import PROCESSORS, build_clip
 from tinydb.storage import (WEIGHT_FILES, build_model, canonical_names, check_free_disk, check_tensors, read_tensors,
                             model_folder, refuse_pointer, save_tensors, written_whole)
 from tinydb.tokenizer import EOS, CLIPTokenizer
@@ -101,6 +101,7 @@ REFUSED = {  # tensors that give away what is not ours to convert
     r"control_model\..+|(.+\.)?(input_hint_block|controlnet_cond_embedding)\..+": "a ControlNet",
     r"conditioner\..+|(.+\.)?label_emb\..+": "an SDXL or unCLIP model",
     r"(.+\.)?(joint_blocks|double_blocks)\..+": "a Stable Diffusion 3 or Flux model",
+    r"ztsnr": "a model with another noise schedule (zero terminal SNR)",
 }
 HARMLESS = (r"(pytorch_lightning|lightning|lightning_fabric|numpy)\..+|_codecs\.encode|"  # in old checkpoints
             r"torch\.nn\.modules\.container\.ParameterDict")
@@ -297,7 +298,8 @@ def read_single_file(src: Path, prediction: str | None) -> tuple[Description, di
     check_tensors(tensors, {name: tensor.shape for name, tensor in to_single_file(models).items()}, src)
     print(f"{src}: {len(tensors)} tensors, {dropped} more are no weights and dropped")
     if not is_ours:
-        said = {"v": "v_prediction", "epsilon": "epsilon"}.get(metadata.get("modelspec.prediction_type"))
+        said = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key")  # ComfyUI's
+        said = {"v": "v_prediction", "epsilon": "epsilon"}.get("v" if "v_pred" in stored else said)
         description = with_prediction(src, description, tensors, prediction or said)
     parts = {part: {} for part in PARTS}
     for part, model in models.items():
@@ -375,8 +377,8 @@ def clip_tokenizer(folder: str | None, config: TextConfig) -> CLIPTokenizer:
     except InputError as error:
         raise InputError(f"there is no tokenizer with these weights, and {error}; pass --tokenizer with the tokenizer/ "
                          "of any Stable Diffusion folder") from None
-    tokenizer = CLIPTokenizer.read(folder)
-    return CLIPTokenizer(tokenizer.vocab, tokenizer.merges, "!" if config.hidden_act == "gelu" else EOS)
+    found, pad = CLIPTokenizer.read(folder), "!" if config.hidden_act == "gelu" else EOS
+    return CLIPTokenizer(found.own_vocab, found.merges, pad, found.max_length, found.added)
 
 
 def download(repo: str, files: list[str] | None = None) -> Path:
@@ -403,12 +405,13 @@ def download(repo: str, files: list[str] | None = None) -> Path:
 
 def needed_files(repo: str, present: list[str]) -> list[str]:
     """The files of a repository that are read: configs, tokenizer, one set of weights a part."""
-    is_clip = "model_index.json" not in present and "preprocessor_config.json" in present
+    is_clip = "model_index.json" not in present and any(file in present for file in PROCESSORS)
     require(is_clip or "model_index.json" in present, f"{repo}: a hub repository without model_index.json, so no "
                                                       "diffusers model; download its checkpoint and convert that file")
     files = ["model_index.json", "tinydb.json", "tokenizer/*", "scheduler/*"]
     if is_clip:
-        files = ["preprocessor_config.json", "vocab.json", "merges.txt", "tokenizer*.json"]
+        files = [*PROCESSORS, "vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json",
+                 "added_tokens.json"]
     for part in ["clip"] if is_clip else PARTS:
         folder = "" if is_clip else f"{part}/"
         name = weight_file(repo, part, [file.removeprefix(folder) for file in present if file.startswith(folder)])

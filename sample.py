@@ -19,6 +19,7 @@ import os
 import re
 from contextlib import nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -34,17 +35,16 @@ from tinydb.diffusion import SAMPLERS
 from tinydb.lora_files import read_lora
 from tinydb.pictures import (MOST_SHOWN, VISIBLE, describe, grid, no_picture_in, open_picture, read_description,
                              save_png)
-from tinydb.pipeline import LAST_SEED, Sampling, StableDiffusion
+from tinydb.pipeline import DEFAULT_IDENTIFIER, LAST_SEED, Sampling, StableDiffusion
 from tinydb.prompts import read_lines
 from tinydb.run import config_around
-from tinydb.scores import NO_CLIP, Ranking, choose_clip, subject_pictures
+from tinydb.scores import CLIP, NO_CLIP, Ranking, choose_clip, subject_pictures
 from tinydb.storage import BOX, LORA_FILE, existing_parent, model_folder, newest_state
 from tinydb.tokenizer import PLACEHOLDER
 
 TINY = BOX / "tiny"
 GROUP = 4  # pictures drawn at once; guidance doubles it
 SERIES = 16  # at most so many prompts, and pictures of each, come together on one sheet
-SHEET = re.compile(r".*-(grid|series|attention)\.png|\d+-best-of-.*\.png|(.*-)?preview\.png")  # not for --among
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class Settings(Sampling):
     source: str | None = option(None, "PNG of sample.py or A1111 to draw again with its own options, except those that "
                                       "are given here", flag="--from", metavar="PICTURE")
     weights: str | None = option(None, "model folder, or the OUT of a run (default: what finished last in runs/, else "
-                                       "weights/tiny)", described="Model")
+                                       "weights/tiny; with --lora, what that was learnt on)", described="Model")
     lora: str | None = option(None, "LoRA file to add to the model, or several, with commas between", metavar="FILE",
                               described="Lora")
     lora_scale: float = option(1.0, "how much of each to add", described="Lora scale")
@@ -76,7 +76,7 @@ class Settings(Sampling):
     out: str = option("samples", "folder for the pictures, or the name of a .png")
     device: str = option("auto", "cpu, cuda, mps, ... or auto")
     precision: str = option("auto", "number format; auto is bf16 or fp16 on a GPU",
-                            choices=("auto", "fp32", "bf16", "fp16"))
+                            choices=("auto", "fp32", "bf16", "fp16"), described="Precision")
 
     @property
     def loras(self) -> list[str]:
@@ -109,7 +109,7 @@ def settings_in_picture(given: Settings) -> dict[str, object]:
             "CLIP text": True, "CLIP image": True,  # scores, which say nothing of how to draw
             "Eta DDIM": described.get("Eta DDIM") == "0.0",  # in our older pictures: no fresh noise, as now
             "Model": Path(described.get("Model", "")).is_dir(),
-            "Lora": given.weights is None}  # it belongs to the picture's own model
+            **dict.fromkeys(("Lora", "Lora scale"), given.weights is None)}  # they belong to the picture's own model
     foreign = [name for name in described if not here.get(name, name in DESCRIBED)]
     if foreign:
         left = ", ".join(f"{name} {described[name][:40]}" for name in foreign)
@@ -151,6 +151,12 @@ def check(settings: Settings, prompts: list[str]) -> None:
     home = existing_parent(out.absolute().parent if is_file else out)
     require(home.is_dir() and os.access(home, os.W_OK), f"--out {out}: {home} is no folder to write in")
     require(not (is_file and out.is_dir()), f"--out {out}: a folder; expected the name of a file")
+    for flag, source in (("--init", settings.init), ("--from", settings.source)):
+        require(not (is_file and source and out.exists() and Path(source).exists() and out.samefile(source)),
+                f"--out {out}: the picture of {flag}, which would be lost; give another name")
+    taken = [path for path in map(partial(numbered, out), range(settings.count)) if path.exists()]
+    require(not (is_file and settings.best and taken),
+            f"--out {out}: --best would overwrite {', '.join(map(str, taken[:3]))}; give another name")
 
 
 def newest_model() -> Path:
@@ -161,22 +167,32 @@ def newest_model() -> Path:
 
 def with_model(settings: Settings) -> Settings:
     """The settings with the model that they mean. A run with --lora, or a checkpoint of one, stands for its LoRA file;
-    such a file without --weights belongs to the model that its run began with or, elsewhere, to the one in the box."""
-    weights, lora = newest_state(Path(settings.weights or newest_model())), settings.lora
-    if (weights / LORA_FILE).exists() and (settings.weights or not lora):
-        lora = ",".join(dict.fromkeys([str(weights / LORA_FILE), *settings.loras]))  # each once
-    elif settings.weights or not lora:
+    such files without --weights belong to the model that they were learnt on."""
+    files = settings.loras
+    if settings.weights is None and files:
+        return replace(settings, weights=learnt_on(files))
+    weights = newest_state(Path(settings.weights or newest_model()))
+    if (weights / "model_index.json").exists() or not (weights / LORA_FILE).exists():
         return replace(settings, weights=str(weights))
-    settings = replace(settings, lora=lora)
-    first = Path(settings.loras[0])
-    base = config_around(first).get("weights", str(TINY))
-    require(isinstance(base, str), f"{lora}: the config.json of its run names no weights; give --weights")
-    if not Path(base).is_dir():  # moved since then; the model in the box is here
-        _, about = read_lora(first)
-        require(about.get("base") == ModelInfo.read(TINY / "tinydb.json").base,
-                f"{first}: its run began with {base}, which is not there any more; give --weights")
-        base = str(TINY)
-    return replace(settings, weights=base)
+    files = [*{Path(file).resolve(): file for file in (str(weights / LORA_FILE), *files)}.values()]  # each once
+    return replace(settings, weights=learnt_on(files), lora=",".join(files))
+
+
+def learnt_on(files: list[str]) -> str:
+    """The model folder with which the runs of LoRA files began; that in the box where none of them lies in a run."""
+    cure = f"give --weights MODEL --lora {','.join(files)}"
+    bases = {file: config_around(Path(file)).get("weights") for file in files}
+    bases = {file: base for file, base in bases.items() if base is not None} or {files[0]: str(TINY)}
+    (first, base), *others = bases.items()
+    require(isinstance(base, str), f"{first}: the config.json of its run names no weights; {cure}")
+    require(all(other == base for _, other in others),
+            f"these LoRA files were learnt on different models, {' and '.join(map(str, bases.values()))}; {cure}")
+    if Path(base).is_dir():
+        return base
+    about, box = read_lora(Path(first))[1], ModelInfo.read(TINY / "tinydb.json")
+    require(Path(base).parts[-2:] == TINY.parts[-2:] and about.get("base") == box.base,
+            f"{first}: its run began with {base}, which is not there any more; {cure}")
+    return str(TINY)  # another clone's, which is the same
 
 
 def advise(sd: StableDiffusion, weights: Path, prompt: str, negative: str) -> None:
@@ -203,15 +219,20 @@ def new_path(settings: Settings, name: str, i: int | None = None) -> Path:
     """
     out = Path(settings.out)
     if settings.out_is_file:
-        return out if i is None or settings.count == 1 else out.with_name(f"{out.stem}-{i}.png")
+        return out if i is None or settings.count == 1 else numbered(out, i)
     out.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"\W+", "-", name).strip("-")[:60]
+    name = re.sub(r"\W+", "-", name).strip("-")[:60].encode()[:120].decode(errors="ignore")  # names end at 255 bytes
     taken = [int(match[1]) for path in out.glob("*.png") if (match := re.match(r"(\d+)-", path.name))]
     for number in itertools.count(1 + max(taken, default=-1)):
         with suppress(FileExistsError):  # another program was faster
             path = out / f"{number:04d}-{name}.png"
             path.touch(exist_ok=False)
             return path
+
+
+def numbered(out: Path, i: int) -> Path:
+    """Where picture `i` of several goes, if --out names one."""
+    return out.with_name(f"{out.stem}-{i}.png")
 
 
 def attention_path(path: Path) -> Path:
@@ -232,14 +253,15 @@ def save(image: Image.Image, path: Path, about: str, quiet: bool = False) -> Pat
     return path
 
 
-def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings) -> list[Path]:
-    """Draw the pictures of one prompt; each is on the disk before the next ones are begun. Returns where they are."""
+def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings, clip: CLIP | None) -> list[Path]:
+    """Draw the pictures of one prompt; each is on the disk before the next ones are begun. With a `clip`, the best of
+    them stay. Returns where they are."""
     settings, out = sd.with_recipe(settings), Path(settings.out)
     init = picture_to_draw_over(sd, settings) if settings.init else None
     steps = settings.steps_over_picture if init else settings.steps
     sampling = {f.name: getattr(settings, f.name) for f in fields(Sampling)}
     preview = out.with_name(f"{out.stem}-preview.png") if settings.out_is_file else out / "preview.png"
-    ranking = open_ranking(sd.info, weights, prompt, settings) if settings.best else None
+    ranking = open_ranking(sd.info, clip, prompt, settings) if clip else None
     files: list[list[Path]] = []  # of each picture: itself and, with --attention, its heat maps
     groups = [range(i, min(i + GROUP, settings.count)) for i in range(0, settings.count, GROUP)]
     with tqdm(total=steps * len(groups), desc="drawing", unit="step") as progress:
@@ -305,21 +327,23 @@ def description(sd: StableDiffusion, weights: Path, image: Image.Image, prompt: 
     left_out = [] if settings.init else ["init", "strength"]
     left_out += [] if settings.lora else ["lora", "lora_scale"]
     left_out += [] if settings.guidance_stop < 1 else ["guidance_stop"]
+    left_out += ["precision"] if settings.precision == "auto" else []
     about = {name: made_with[key] for name, key in DESCRIBED.items() if key not in left_out}
     about["RNG"] = "CPU"  # A1111 would draw its noise on the GPU
     about |= {name: f"{value:.4f}" for name, value in score.items()}
     return describe(prompt, settings.negative, sd.identifier, **about)
 
 
-def open_ranking(info: ModelInfo, weights: Path, prompt: str, settings: Settings) -> Ranking:
-    """What ranks pictures of a prompt, with the subject's own where the model's run still knows where they are."""
-    clip = choose_clip(settings.clip, info.base)
-    require(clip is not None, f"{'--among' if settings.among else '--best'}: {NO_CLIP}")
-    taught = Path(settings.loras[-1]) if settings.lora else weights
-    subject = subject_pictures(taught, clip.side) if PLACEHOLDER in prompt else []
+def open_ranking(info: ModelInfo, clip: CLIP, prompt: str, settings: Settings) -> Ranking:
+    """What ranks pictures of a prompt, with the subject's own where the run that taught it still knows where they are;
+    `info` is the model's."""
+    prompt = re.sub(rf"\b{re.escape(info.identifier or DEFAULT_IDENTIFIER)}\b", PLACEHOLDER, prompt)
+    subject = []
+    for place in [*reversed(settings.loras), settings.weights] if PLACEHOLDER in prompt else []:
+        subject = subject or subject_pictures(Path(place), clip.side)
     if PLACEHOLDER in prompt and not subject:
-        say(f"{taught}: the pictures of {PLACEHOLDER} are not where its run found them; only the rest of the prompt "
-            "is compared")
+        say(f"no run is known that taught {PLACEHOLDER} from pictures which are still there; only the rest of the "
+            "prompt is compared")
     return Ranking(clip, prompt, subject)
 
 
@@ -328,12 +352,18 @@ def scores_text(score: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in score.items())
 
 
-def rank_folder(prompt: str, settings: Settings, weights: Path) -> None:
+def is_sheet(path: Path) -> bool:
+    """Whether a picture says that it is one of ours, but not how it was drawn: a grid, a preview, heat maps."""
+    with Image.open(path) as image:
+        return "Steps:" not in image.info.get("parameters", "Steps:")
+
+
+def rank_folder(prompt: str, settings: Settings, weights: Path, clip: CLIP) -> None:
     """Print the pictures in the folder of --among and their scores, best first; the best come on a sheet."""
-    ranking = open_ranking(ModelInfo.read(weights / "tinydb.json"), weights, prompt, settings)
-    pictures, remarks = read_pictures(Path(settings.among), max(ranking.clip.side, VISIBLE))
-    sheets = [name for name in pictures if SHEET.fullmatch(name)]
-    remarks += [f"{name} is left out: by its name, a sheet of sample.py" for name in sheets]
+    ranking = open_ranking(ModelInfo.read(weights / "tinydb.json"), clip, prompt, settings)
+    pictures, remarks = read_pictures(Path(settings.among), max(clip.side, VISIBLE))
+    sheets = [name for name in pictures if is_sheet(Path(settings.among, name))]
+    remarks += [f"{name} is left out: a sheet of sample.py or train.py" for name in sheets]
     pictures = {name: picture for name, picture in pictures.items() if name not in sheets}
     require(bool(pictures), no_picture_in("--among", settings.among, remarks))
     say(*remarks)
@@ -354,9 +384,14 @@ def main(settings: Settings) -> None:
     check(settings, prompts)
     settings = with_model(replace(settings, negative=settings.negative.replace("[v]", PLACEHOLDER)))
     weights = model_folder(settings.weights)
+    clip = None
+    if settings.among or settings.best:
+        require((weights / "model_index.json").exists(), f"{weights}: not a model folder; give another --weights")
+        clip = choose_clip(settings.clip, ModelInfo.read(weights / "tinydb.json").base)
+        require(clip is not None, f"{'--among' if settings.among else '--best'}: {NO_CLIP}")
     if settings.among:
         for prompt in prompts:
-            rank_folder(prompt, settings, weights)
+            rank_folder(prompt, settings, weights, clip)
         return
     device = choose_device(settings.device)
     sd = tinydb.load(weights, device, choose_dtype(settings.precision, device))
@@ -367,7 +402,7 @@ def main(settings: Settings) -> None:
     rows = []
     for prompt in prompts:
         advise(sd, weights, prompt, settings.negative)
-        rows.append(draw(sd, weights, prompt, settings))
+        rows.append(draw(sd, weights, prompt, settings, clip))
     count = len(rows[0])
     if 1 < len(prompts) <= SERIES and count <= SERIES:
         captions = [caption for prompt in prompts for caption in [prompt] + [""] * (count - 1)]

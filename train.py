@@ -94,7 +94,7 @@ class Settings(Checked):
     save_every: int | None = option(None, "steps between checkpoints; 0 is never (default: recipe)", least=0, free=True)
     sample_every: int = option(0, "steps between more previews; 0 is never", least=0, free=True)
     clip: str | None = option(None, "CLIP folder that scores each checkpoint, to see when to stop (default: "
-                                    "weights/tiny-clip for the model in the box, else none)")
+                                    "weights/tiny-clip for the model in the box, else none)", free=True)
     keep: int = option(2, "checkpoints to keep, besides the best one", least=1, free=True)
     resume: bool = option(False, "continue the run in OUT from its newest checkpoint", noted=False)
     log: str | None = option(None, "also log to tensorboard or wandb", choices=("tensorboard", "wandb"), free=True)
@@ -300,8 +300,8 @@ def main(settings: Settings) -> None:
 
     # OUT belongs to this run from here on. The first process claims it, the others wait for that.
     pictures = pictures_digest([*instance_images.values(), *prior.own], captions + prior.own_captions)
-    facts = {"world_size": world_size, "device": device.type, "precision": str(dtype), "pictures": pictures,
-             "model": prior.key}
+    facts = {"world_size": world_size, "device": device.type, "precision": str(dtype), "model": prior.key,
+             "pictures": pictures}
     run.begin(rank, sd, settings, facts)
     if rank == 0:
         run.save_inputs(instance_images, prompts[0])
@@ -323,7 +323,7 @@ def main(settings: Settings) -> None:
     loss_weights = torch.tensor([1.0, settings.prior_weight][: len(sets)], device=device)
 
     # Where we are: at step 0, or at the newest checkpoint.
-    state = {"step": 0, "scores": {}, "scaler": scaler.state_dict(),
+    state = {"step": 0, "scores": {}, "clip": settings.clip, "scaler": scaler.state_dict(),
              "class_images": pictures_digest(sum(image_sets[1:], []))}
     saved = checkpoints(run.out)
     if settings.resume and saved:
@@ -419,7 +419,7 @@ def main(settings: Settings) -> None:
         sd.info = replace(sd.info, step=state["step"])
         with written_whole(run.result(settings)) as path:
             write_result(path, sd, weights, masters.lora)
-        run.finish(settings, scorer.advice(state["scores"], run))
+        run.finish(settings, scorer.advice(state["scores"], run, state["step"]))
 
 
 if __name__ == "__main__":

@@ -142,13 +142,15 @@ def test_devices_that_are_not_there(name):
     assert f"--device {name!r}" in refusal(choose_device, name)
 
 
-@pytest.mark.parametrize("reason", ["could not create a primitive", "[enforce fail at alloc_cpu.cpp:118] DefaultCPU"
-                                    "Allocator: can't allocate memory: you tried to allocate 9 bytes", "out of memory",
-                                    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"])
-def test_memory_that_is_full_and_no_docstring(monkeypatch, capsys, reason):
-    """oneDNN has words of its own for it; and `python -OO` takes the docstring away."""
+@pytest.mark.parametrize("error", [
+    RuntimeError("could not create a primitive\nand a stack"), RuntimeError("out of memory"), MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried to "
+                 "allocate 9 bytes"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`")], ids=str)
+def test_memory_that_is_full_and_no_docstring(monkeypatch, capsys, error):
+    """oneDNN has words of its own for it, NumPy an exception; and `python -OO` takes the docstring away."""
     def fail(settings: train.Settings) -> None:
-        raise RuntimeError(f"{reason}\nand a stack")
+        raise error
 
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit) as end:

@@ -183,9 +183,12 @@ def test_torchrun(line, tmp_path):
     assert done.stdout.count("python sample.py") == 1
 
 
-def test_several_processes_without_torchrun_are_refused(nano, photos, tmp_path, monkeypatch):
+@pytest.mark.parametrize("there", [[], ["MASTER_ADDR"], ["RANK", "MASTER_ADDR"]], ids=str)
+def test_several_processes_without_torchrun_are_refused(nano, photos, tmp_path, monkeypatch, there):
     """WORLD_SIZE may be there for another reason."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("WORLD_SIZE", *there):
+        monkeypatch.setenv(name, "2")
     settings = train.Settings(images=str(photos), class_noun="dog", weights=str(nano), device="cpu", out=str(tmp_path))
     assert "no torchrun started this process" in refusal(train.main, settings)

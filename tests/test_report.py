@@ -126,6 +126,14 @@ def test_curves_are_the_metrics(run):
     assert {"instance loss 0.0257", "prior loss 0.21", "likeness 0.8"} <= set(page.texts)
 
 
+def test_curve_below_zero_is_in_its_frame(run):
+    """The cosines of CLIP may be negative."""
+    scores = [{"step": step, "likeness": value} for step, value in ((1, -0.1), (2, 0.2), (3, -0.3))]
+    page = report(run(scores, [], steps=3))
+    _, top, _, height = map(float, page.all("svg")[1]["viewbox"].split())
+    assert all(top <= -value <= top + height for _, value in page.curve("likeness", "mean")) and height > 0
+
+
 def test_curves_of_a_long_run_are_short(run):
     metrics = losses(5 * POINTS + 1)
     page = report(run(metrics, [], steps=len(metrics)))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, UNET, edit_json, edit_tensors, files, metrics, names, refusal
+from conftest import ROOT, TEXT, UNET, VAE, edit_json, edit_tensors, files, metrics, names, refusal
 from PIL import Image
 from processes import Script, arguments, kill_at_file, limit_file_size, start
 from safetensors.torch import load_file, save_file
@@ -28,7 +28,8 @@ import train
 from tinydb.cli import Stopped, option
 from tinydb.config import InputError, ModelInfo
 from tinydb.run import Run, StopSignal
-from tinydb.storage import model_folder, written_whole
+from tinydb.scores import CLIP
+from tinydb.storage import HERE, model_folder, written_whole
 
 STATE = "state.exp_avg.safetensors"  # the largest file of a checkpoint
 
@@ -250,7 +251,7 @@ def test_finished_run_writes_its_model_again(teach, begun, photos, tmp_path):
 def test_finished_run_that_cannot_go_on_keeps_its_result(teach, begun, tmp_path):
     out = copied(begun, tmp_path)
     (out / "checkpoints" / "step-000002" / STATE).unlink()
-    assert STATE in refusal(teach, out, steps=9, save_every=2, resume=True)
+    assert STATE in refused(teach, out, steps=9)  # of which config.json says nothing either
     assert files(out / "model") == files(begun / "model")
 
 
@@ -272,6 +273,16 @@ def test_previews_of_a_run_that_is_started_over_go(teach, begun, tmp_path):
     assert names(out / "samples") == ["step-000002.png"]
 
 
+def test_previews_of_steps_that_come_again_go(teach, begun, tmp_path):
+    """And those of steps that do not: other rates may have led to them."""
+    out = copied(begun, tmp_path)
+    (out / "samples").mkdir()
+    for step in (1, 3):
+        Image.new("RGB", (8, 8)).save(out / "samples" / f"step-{step:06d}.png")
+    teach(out, steps=4, save_every=2, resume=True)
+    assert names(out / "samples") == ["step-000001.png"]
+
+
 def test_finished_run_that_goes_on_and_is_stopped_stands_for_its_checkpoint(teach, begun, tmp_path):
     """Not for its earlier result, which knows less."""
     out = stopped_at_step(teach, 1, copied(begun, tmp_path), steps=9, save_every=2, resume=True)
@@ -286,6 +297,64 @@ def test_scores_are_remembered(teach, small_clip, tmp_path, monkeypatch):
     teach(out, steps=4, resume=True, **settings)
     assert files(out / "checkpoints") == files(whole / "checkpoints")
     assert files(out / "samples") == files(whole / "samples")
+
+
+def test_clip_that_moved_begins_to_score_anew(teach, small_clip, tmp_path):
+    """It is somewhere else, or another one, with whose scores the earlier ones cannot be compared."""
+    clip = shutil.copytree(small_clip, tmp_path / "clip")
+    out = teach(tmp_path / "out", steps=2, save_every=1, clip=str(clip))
+    clip = clip.rename(tmp_path / "moved")
+    teach(out, steps=3, save_every=1, clip=str(clip), resume=True)
+    assert json.loads((out / "checkpoints" / "step-000003" / "state.json").read_text())["scores"].keys() == {"3"}
+
+
+def test_score_that_fails_ends_nothing(teach, small_clip, tmp_path, monkeypatch, capsys):
+    calls, original = [], CLIP.images
+
+    def fail(self, pictures: list[Image.Image]) -> torch.Tensor:
+        calls.append(pictures)
+        if len(calls) == 3:
+            raise RuntimeError("out of luck")
+        return original(self, pictures)
+
+    monkeypatch.setattr(CLIP, "images", fail)
+    out = teach(tmp_path / "out", steps=3, save_every=1, keep=3, clip=str(small_clip))
+    assert "no score this time: out of luck" in capsys.readouterr().err
+    assert [step for step, line in enumerate(metrics(out), 1) if "likeness" in line] == [2, 3]
+
+
+def test_model_that_is_gone_by_the_end(teach, nano, tmp_path):
+    """Everything that is written is in memory."""
+    weights = shutil.copytree(nano, tmp_path / "weights")
+    hook = register_optimizer_step_pre_hook(lambda *_: shutil.rmtree(weights, ignore_errors=True))
+    out = teach(tmp_path / "out", steps=1, weights=str(weights))
+    hook.remove()
+    kept, expected = (load_file(folder / VAE) for folder in (out / "model", nano))
+    assert all(torch.equal(kept[name], tensor.float()) for name, tensor in expected.items())
+
+
+def test_checkpoint_that_cannot_be_deleted_ends_nothing(teach, tmp_path, monkeypatch, capsys):
+    """A network share keeps files that somebody reads."""
+    def keep(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", keep)
+    out = teach(tmp_path / "out", steps=3, save_every=1, keep=1)
+    assert steps_of(out) == [1, 2, 3] and "no removal of an old checkpoint" in capsys.readouterr().err
+
+
+def test_steps_that_move_the_fall_of_the_rates_are_said(teach, tmp_path, capsys):
+    out = teach(tmp_path / "out", steps=2, save_every=2, lr_decay=0.5)
+    teach(out, steps=4, save_every=2, lr_decay=0.5, resume=True)
+    assert "--steps was 2 and is now 4: the rates fall at another time" in capsys.readouterr().err
+
+
+def test_weights_that_are_still_there_need_not_be_given_again(command, begun, whole, photos, tmp_path):
+    out = copied(begun, tmp_path)
+    code, _, error = command("train.py", "--images", str(photos), "--class", "dog", "--out", str(out), "--steps=4",
+                             "--resume", "--device=cpu")
+    assert code == 0, error
+    assert files(out / "model") == files(whole / "model")
 
 
 def test_run_from_before_there_were_scores_goes_on(teach, begun, whole, small_clip, tmp_path):
@@ -553,10 +622,10 @@ def test_two_runs_never_write_into_one_folder(nano, photos, tmp_path):
     first.process.kill()
     first.process.join()
     gone = first.process.pid
-    leftovers = [out / f".model.{gone}.tmp", out / "checkpoints" / f".step-000005.old.{gone}.tmp"]
+    leftovers = [out / f".model.{HERE}.{gone}.tmp", out / "checkpoints" / f".step-000005.old.{HERE}.{gone}.tmp"]
     for leftover in leftovers:
         (leftover / "unet").mkdir(parents=True)
-    living = out / "class_images" / f".00000.png.{os.getpid()}.tmp"
+    living = out / "class_images" / f".00000.png.{HERE}.{os.getpid()}.tmp"
     living.touch()
     short = command_line(nano, photos, out, steps=steps_of(out)[-1] + 5, save_every=5)
     assert start(tmp_path / "second", "train.py", *short, "--resume").wait() == 0
@@ -588,11 +657,12 @@ def test_folder_that_is_lost_meanwhile_ends_the_run(nano, photos, tmp_path, lose
 def test_what_a_killed_writer_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path):
     path, dead = tmp_path / "a[1].json", start(tmp_path / "log", "sample.py", "--help")
     dead.wait()
-    for process in (dead.process.pid, os.getppid()):
-        path.with_name(f".{path.name}.{process}.tmp").touch()
+    writing = [f".{path.name}.{HERE}.{os.getppid()}.tmp", f".{path.name}.elsewhere.{dead.process.pid}.tmp"]
+    for name in [*writing, f".{path.name}.{HERE}.{dead.process.pid}.tmp"]:
+        path.with_name(name).touch()
     with written_whole(path) as temporary:
         temporary.write_text("{}")
-    assert [name for name in names(tmp_path) if name != "log"] == [f".a[1].json.{os.getppid()}.tmp", "a[1].json"]
+    assert {name for name in names(tmp_path) if name != "log"} == {*writing, "a[1].json"}
 
 
 # ---------------------------------------------------------------------------------- killed, and a full disk
@@ -747,4 +817,11 @@ def test_nothing_is_half_deleted_under_its_name(teach, begun, tmp_path, monkeypa
 def test_damaged_config_is_refused(begun, teach, tmp_path):
     out = Path(shutil.copytree(begun, tmp_path / "out"))
     edit_json(out / "config.json", run=[])
-    assert "damaged" in refusal(teach, out, steps=4, save_every=2, resume=True)
+    assert "no run in" in refused(teach, out, steps=4)
+
+
+def test_folder_with_the_config_of_another_program_is_not_taken(teach, small_clip, tmp_path):
+    out = shutil.copytree(small_clip, tmp_path / "clip")
+    before = files(out)
+    assert "is not empty, and no run of this program" in refusal(teach, out)
+    assert files(out) == before

@@ -809,14 +809,17 @@ def test_key_of_class_images_stays_when_the_schedule_gets_a_setting(nano):
 
 
 def test_class_images_are_topped_up(teach, tmp_path, monkeypatch):
-    """Only what is missing is made, and it is what a run that makes all of them makes."""
-    parent = teach(tmp_path / "few", class_images=8, steps=1) / "class_images"
+    """Only what is missing is made, and it is what a run that makes all of them makes; what is there stays, also in a
+    group that was not full."""
+    parent = teach(tmp_path / "few", class_images=10, steps=1) / "class_images"
     before = class_images(parent)
     calls = drawings(monkeypatch)
-    teach(tmp_path / "more", class_images=12, class_dir=str(parent), steps=1)
-    assert [len(prompts) for prompts in calls] == [4]
+    times = {path: path.stat().st_mtime_ns for path in parent.rglob("*.png")}
+    teach(tmp_path / "more", class_images=16, class_dir=str(parent), steps=1)
+    assert [len(prompts) for prompts in calls] == [8]
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
     assert {name: class_images(parent)[name] for name in before} == before
-    everything = teach(tmp_path / "all", class_images=12, steps=1)
+    everything = teach(tmp_path / "all", class_images=16, steps=1)
     assert class_images(parent) == class_images(everything / "class_images")
 
 

@@ -125,14 +125,15 @@ class ClassImages:
     def draw(self, paths: list[Path], dtype: torch.dtype, rank: int, world_size: int, stop: StopSignal) -> None:
         """Draw those of `paths` that are missing or damaged. Groups of consecutive pictures go to the ranks in turn, so
         the files are the same for any number of ranks."""
-        groups = [range(i, min(i + GROUP, len(paths))) for i in range(0, len(paths), GROUP)]
-        groups = [group for group in groups[rank::world_size] if not all(is_picture(paths[i]) for i in group)]
+        groups = [range(i, i + GROUP) for i in range(0, len(paths), GROUP)][rank::world_size]  # whole, also the last
+        missing = {i for group in groups for i in group if i < len(paths) and not is_picture(paths[i])}
+        groups = [group for group in groups if not missing.isdisjoint(group)]
         sd, recipe = self.sd, self.sd.info.recipe
         if groups and dtype != sd.dtype:  # drawn in half the bytes, which is faster than autocast
             device = sd.device
             self.sd.to("cpu")  # there may be no room for both
             sd = load(self.weights, device, dtype)
-        progress = tqdm(total=sum(map(len, groups)), desc=f"class images, {self.plain!r}", unit="picture",
+        progress = tqdm(total=len(missing), desc=f"class images, {self.plain!r}", unit="picture",
                         disable=rank > 0 or not groups)
         for group in groups:
             if stop.asked:
@@ -142,13 +143,15 @@ class ClassImages:
             images = sd.generate(prompts, steps=recipe.class_steps, sampler=recipe.class_sampler,
                                  guidance_scale=recipe.class_guidance, guidance_stop=1.0, seed=seeds[0])
             for i, image, prompt, seed in zip(group, images, prompts, seeds):
+                if i not in missing:  # another run may have begun with the one that is there
+                    continue
                 about = describe(prompt, "", self.sd.identifier, Steps=recipe.class_steps,
                                  Sampler=SAMPLERS[recipe.class_sampler].name, Seed=seed,
                                  **{"CFG scale": recipe.class_guidance})
                 paths[i].parent.mkdir(parents=True, exist_ok=True)
                 paths[i].with_suffix(".txt").write_text(prompt + "\n", encoding="utf-8")
                 save_png(image, paths[i], about)
-            progress.update(len(group))
+                progress.update()
         progress.close()
         if sd is not self.sd:
             del sd

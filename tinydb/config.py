@@ -186,6 +186,7 @@ class TextConfig(PartConfig):
 
     CAUSAL: ClassVar[bool] = True  # a token sees itself and the tokens before it
     CLOSED = False  # transformers writes many entries that concern other uses of CLIP
+    FIXED = {"use_attention_mask": False}  # diffusers' own entry: with it, no token sees the padding
     # float32 whatever the precision on disk: diffusers would load this part alone in half precision otherwise
     HEADER = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": "float32"}
 
@@ -240,9 +241,10 @@ class CLIPConfig(PartConfig):
                 f"{source}: model_type {entries.get('model_type')!r}, expected 'clip' (a transformers CLIPModel)")
         halves = {}
         for name, half in (("text_config", TextConfig), ("vision_config", VisionConfig)):
-            found = [entries.get(key) or {} for key in (name, f"{name}_dict")]
-            require(all(isinstance(each, dict) for each in found), f"{source}: {name}: expected an object of settings")
-            halves[name] = half.from_dict(found[0] | found[1], f"{source}: {name}")
+            older = entries.get(f"{name}_dict")
+            found = (entries.get(name) or {}) if older is None else older
+            require(isinstance(found, dict), f"{source}: {name}: expected an object of settings")
+            halves[name] = half.from_dict(found, f"{source}: {name}")
         return super().from_dict({**entries, **halves}, source)
 
     def to_dict(self) -> dict[str, Any]:
@@ -346,7 +348,8 @@ class ScheduleConfig(PartConfig):
     CLOSED = False  # samplers have many settings of their own, and we bring our own sampler
     # diffusers' pipeline insists on steps_offset 1; the other three make its DDIM step the paper's
     HEADER = {"_class_name": "DDIMScheduler", "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
-    FIXED = {"trained_betas": None, "rescale_betas_zero_snr": False, "use_flow_sigmas": False}
+    FIXED = {"trained_betas": None, "rescale_betas_zero_snr": False, "use_flow_sigmas": False,
+             "timestep_type": "discrete"}
 
     SAMPLERS_OF_DDPM = (r"(DDIM|DDPM|PNDM|LMSDiscrete|Euler(Ancestral)?Discrete|HeunDiscrete|KDPM2(Ancestral)?Discrete|"
                         r"DPMSolver(Multistep|Singlestep|SDE)|UniPCMultistep|DEISMultistep|SASolver|LCM|TCD)"

@@ -59,7 +59,9 @@ class Latents:
     @torch.inference_mode()
     def of(cls, images: Iterable[Image.Image], vae: AutoencoderKL, device: torch.device) -> "Latents":
         """Encode images of one size."""
-        encoded = [vae.encode(pixels.to(device)) for pixels in to_pixels(images).split(ENCODE_BATCH)]
+        images = list(images)
+        groups = [images[i : i + ENCODE_BATCH] for i in range(0, len(images), ENCODE_BATCH)]
+        encoded = [vae.encode(to_pixels(group).to(device)) for group in groups]
         mean = torch.cat([mean.float().cpu() for mean, _ in encoded])
         std = torch.cat([std.float().cpu() for _, std in encoded])
         return cls(mean, std)

@@ -74,7 +74,7 @@ class Downsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2))."""
+        """(B, C, H, W) -> (B, C, H / 2, W / 2), rounded up in the UNet and down in the VAE."""
         if self.conv.padding == (0, 0):
             x = F.pad(x, (0, 1, 0, 1))
         return self.conv(x)

@@ -112,5 +112,5 @@ def merge_lora(models: dict[str, nn.Module], path: Path, scale: float) -> dict[s
         weight = layers[name].weight
         down, up = (update[kind].flatten(1).to(weight.device) for kind in ("down", "up"))
         alpha = update["alpha"].item() if "alpha" in update else len(down)
-        weight.copy_(weight + (scale * alpha / len(down) * up @ down).view_as(weight))
+        weight.copy_(weight.float() + (scale * alpha / len(down) * up @ down).view_as(weight))
     return about

@@ -53,6 +53,7 @@ def read_lora(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
         for pattern, what in REFUSED.items():
             require(re.fullmatch(pattern, stored_name) is None,
                     f"{path}: {what} ({stored_name}); expected a LoRA for Stable Diffusion 1.x or 2.x")
+        tensor = tensor.float()
         require(bool(tensor.isfinite().all()), f"{path}: {stored_name} holds NaN or infinity; use an earlier save")
         name = stored_name
         for pattern, replacement in RENAMES:
@@ -60,8 +61,11 @@ def read_lora(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
         match = re.fullmatch(r"(lora_(?:unet|te)[._].+?)\.(?:lora_)?(down\.weight|up\.weight|alpha)", name)
         require(match is not None, f"{path}: {stored_name} is no tensor of a LoRA; expected names such as "
                                    "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight")
-        updates.setdefault(match[1].replace(".", "_"), {})[match[2].partition(".")[0]] = tensor.float()
+        updates.setdefault(match[1].replace(".", "_"), {})[match[2].partition(".")[0]] = tensor
     about, peft = (read_note(path, key) for key in ("tinydb", "lora_adapter_metadata"))
+    for name in ("identifier", "class"):
+        require(isinstance(about.get(name), str | None),
+                f"{path}: {name} {about.get(name)!r} in its metadata; expected a word")
     for name in ("alpha_pattern", "use_rslora", "use_dora"):
         require(not any(peft.get(f"{part}.{name}") for part in PREFIXES),
                 f"{path}: {name} in its metadata is not supported; save it in kohya's form, with an alpha for each "

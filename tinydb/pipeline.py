@@ -17,7 +17,8 @@ from tinydb.config import (Checked, InputError, ModelInfo, ScheduleConfig, TextC
 from tinydb.diffusion import SAMPLERS, NoiseSchedule, guided, sample, sampler_timesteps
 from tinydb.lora import merge_lora
 from tinydb.pictures import to_images, to_pixels
-from tinydb.storage import WEIGHT_FILES, build_model, model_folder, read_tensors, save_tensors, written_whole
+from tinydb.storage import (WEIGHT_FILES, build_model, check_replaceable, model_folder, read_tensors, save_tensors,
+                            written_whole)
 from tinydb.tokenizer import PLACEHOLDER, CLIPTokenizer
 from tinydb.unet import UNet2DConditionModel
 from tinydb.vae import AutoencoderKL
@@ -223,18 +224,20 @@ class StableDiffusion:
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = torch.float32) -> None:
         """Write the model folder, which diffusers opens as well; it appears whole or not at all. `dtype` None leaves
-        each tensor as it is."""
+        each tensor as it is. InputError where the folder holds anything but a model."""
+        check_replaceable(Path(folder), "model_index.json")
         with written_whole(Path(folder)) as path:
             self.write(path, dtype)
 
     def write(self, folder: Path, dtype: torch.dtype | None, vae_from: Path | None = None) -> None:
         """Write the files of `save` into a folder, which is made where it is missing; the VAE's weights as they are in
-        the model folder `vae_from`, where one is given."""
+        the model folder `vae_from`, where one is given and still there."""
         self.save_settings(folder)
         for part in PARTS:
             path = folder / part / WEIGHT_FILES[part]
-            if part == "vae" and vae_from is not None:
-                shutil.copyfile(vae_from / part / WEIGHT_FILES[part], path)
+            source = vae_from / part / WEIGHT_FILES[part] if vae_from and part == "vae" else None
+            if source and source.exists():  # it may be gone by the end of a training
+                shutil.copyfile(source, path)
             else:
                 save_tensors(getattr(self, part).state_dict(), path, dtype)
 

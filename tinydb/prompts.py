@@ -21,6 +21,11 @@ def class_prompt(noun: str) -> str:
     return fill(f"a photo of a {NOUN}", noun)
 
 
+def without_subject(prompt: str) -> str:
+    """What a CLIP, which does not know the subject, can read: "[V] dog on the moon" -> "dog on the moon"."""
+    return re.sub(r"\[V\]('s)?,?\s*", "", prompt)
+
+
 def read_lines(path: Path) -> list[str]:
     """The prompts in a file, one on each line; empty lines and those that begin with # are passed over."""
     lines = [" ".join(line.split()) for line in read_text(path).splitlines()]

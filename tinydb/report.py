@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from tinydb.config import read_json
-from tinydb.storage import LORA_FILE, checkpoints, written_whole
+from tinydb.storage import LORA_FILE, checkpoints, step_of, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 
 PREVIEWS = 12  # at most on the page: one of Stable Diffusion's size is 2 MB
@@ -128,14 +128,14 @@ def parameters(path: Path) -> str:
 def previews(folder: Path, done: int) -> str:
     """The grids in `folder`, a row for each step and a column for each prompt; not those that a resumed run draws
     again. Of many, every second, third, ... from the newest."""
-    drawn = sorted((path for path in folder.glob("step-*.png") if path.stem <= f"step-{done:06d}"), reverse=True)
+    drawn = sorted((path for path in folder.glob("step-*.png") if step_of(path) <= done), key=step_of, reverse=True)
     if not drawn:
         return '<p class="note">None yet; --sample-every N draws them.</p>'
     prompts = parameters(drawn[0]).split(" | ")
     rows = [f"<tr><th>step{''.join(f'<th>{escape(prompt)}' for prompt in prompts)}"]
     for path in drawn[:: math.ceil(len(drawn) / PREVIEWS)]:
-        step = int(path.stem.removeprefix("step-"))
-        rows.append(f'<tr><th>{step}<td colspan="{len(prompts)}">{picture(path, f"Previews at step {step}")}')
+        alt = f"Previews at step {step_of(path)}"
+        rows.append(f'<tr><th>{step_of(path)}<td colspan="{len(prompts)}">{picture(path, alt)}')
     note = f"From the same noise each time, the newest first. samples/ has all {len(drawn)}."
     return "\n".join([f'<p class="note">{note}</p>', "<table>", *rows, "</table>"])
 
@@ -146,7 +146,7 @@ def plot(title: str, metrics: list[dict[str, float]], steps: int) -> str:
 
     The curves have the units of the data (x is the step, y minus the number), stretched to the width of the page.
     """
-    curves, legend, top = [], [], 0.0
+    curves, legend, top, bottom = [], [], 0.0, 0.0
     for name in PLOTS[title]:
         points = [(line["step"], line[name]) for line in metrics if name in line]
         if len(points) < 2:  # no line
@@ -161,15 +161,17 @@ def plot(title: str, metrics: list[dict[str, float]], steps: int) -> str:
             line = " ".join(f"{step},{-value:.4g}" for step, value in curve)
             curves.append(f'<polyline class="{kind}" stroke="var(--{name})" points="{line}"/>')
         legend.append(f'<b style="color: var(--{name})">{name.replace("_", " ")} {mean[-1][1]:.3g}</b>')
-        top = max(top, 1.1 * max(value for _, value in mean))  # single steps may lie above
+        values = [value for _, value in mean]  # single steps may lie outside
+        top, bottom = max(top, 1.1 * max(values)), min(bottom, 1.1 * min(values))
     if not curves:
         return ""
-    levels = [f'<text class="level" x="-40" y="{100 - 25 * i}%">{top * i / 4:.2g}</text>' for i in range(5)]
+    values = [bottom + (top - bottom) * i / 4 for i in range(5)]
+    levels = [f'<text class="level" x="-40" y="{100 - 25 * i}%">{value:.2g}</text>' for i, value in enumerate(values)]
     marks = [f'<text class="level" x="{25 * i}%" y="100%" dy="20">{steps * i / 4:g}</text>' for i in range(5)]
     return "\n".join([
         f"<h2>{title}</h2>", f'<p>{", ".join(legend)}</p>',
         f'<div class="plot"><svg role="img" aria-label="{title} over steps">',
-        *levels, *marks, f'<svg viewBox="0 {-top:g} {steps} {top:g}" preserveAspectRatio="none">', *curves,
+        *levels, *marks, f'<svg viewBox="0 {-top:g} {steps} {top - bottom:g}" preserveAspectRatio="none">', *curves,
         "</svg></svg></div>", '<p class="note">Light: step by step. Strong: the mean around a step.</p>'])
 
 

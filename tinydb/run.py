@@ -34,7 +34,7 @@ from tinydb.tokenizer import PLACEHOLDER
 CAUSES = {  # what a fact stands for that a person knows by another name
     "the run's world_size": " (torchrun's --nproc_per_node)",
     "the run's pictures": " (the files and texts in --images and --class-dir)",
-    "the run's model": " (--weights, and how its recipe draws class images)",
+    "the run's model": " (--weights, --class-prompts, captions, and how its recipe draws class images)",
 }
 MIN_SCALE = 1e-3  # of fp16's gradients; it starts at 65536, and below this they have vanished
 
@@ -90,7 +90,8 @@ def earlier_options(settings_class: type, given: Any) -> dict[str, Any]:
     if not (given.resume or in_file.get("resume")) or not config.exists():
         return in_file
     noted = options_in_file(settings_class, str(config))
-    return {name: value for name, value in noted.items() if name not in ("out", "weights")} | in_file  # moved, maybe
+    moved = {"out"} if Path(str(noted.get("weights"))).is_dir() else {"out", "weights"}
+    return {name: value for name, value in noted.items() if name not in moved} | in_file
 
 
 class Run:
@@ -141,14 +142,18 @@ class Run:
         not get as far as a checkpoint may be started over; its class images stay.
         """
         config = self.out / "config.json"
-        require(config.exists() or not settings.resume,
-                f"--resume: no run in {self.out}; leave --resume out to start one")
-        require(config.exists() or not any(self.out.glob("[!.]*")),
+        ours = config.exists() and isinstance(read_json(config).get("run"), dict)
+        require(ours or not settings.resume, f"--resume: no run in {self.out}; leave --resume out to start one")
+        require(ours or not any(self.out.glob("[!.]*")),
                 f"{self.out} is not empty, and no run of this program; give another folder with --out")
         self.lock = lock(self.out / ".lock")
         saved = checkpoints(self.out)
         if settings.resume:
-            self.check_same(settings, facts, read_json(config))
+            noted = read_json(config)
+            self.check_same(settings, facts, noted)
+            if settings.lr_decay and noted["steps"] != settings.steps:
+                say(f"--steps was {noted['steps']} and is now {settings.steps}: the rates fall at another time than "
+                    "they did, so the result is not quite that of one run")
             done = step_of(saved[-1]) if saved else 0
             require(done <= settings.steps,
                     f"--steps {settings.steps}: the run in {self.out} is at step {done} already; give more")
@@ -163,19 +168,23 @@ class Run:
             require(not saved and not any((self.out / name).exists() for name in ("model", LORA_FILE)),
                     f"{self.out} holds a run; continue it with --resume, or give this one a folder with --out")
         noted = {f.name: getattr(settings, f.name) for f in fields(settings) if f.metadata.get("noted", True)}
-        with written_whole(config) as temporary:
-            write_json(temporary, {**noted, "run": facts})
-        sweep(self.out, "**/.*.tmp")  # of a run that was killed
+        self.config = {**noted, "run": facts}
+        if not settings.resume:  # which may still be refused
+            self.write_config()
+        sweep(self.out, "**/.*")  # of a run that was killed
+
+    def write_config(self) -> None:
+        """Note in OUT what the run was asked for, and its facts."""
+        with written_whole(self.out / "config.json") as temporary:
+            write_json(temporary, self.config)
 
     def check_same(self, settings: Any, facts: dict[str, Any], noted: dict[str, Any]) -> None:
         """InputError that names the one setting or fact in which a resumed run differs from what was `noted`. What an
         older run did not know of had its default, or what the field says was done `before`; a field with `free` changes
-        no gradient, or a fact tells it."""
+        nothing of the steps that are done, or a fact tells it."""
         pairs = [(f.name, noted.get(f.name, f.metadata.get("before", f.default)), getattr(settings, f.name))
                  for f in fields(settings) if f.metadata.get("noted", True) and not f.metadata.get("free")]
-        known = noted.get("run")
-        require(isinstance(known, dict), f"{self.out / 'config.json'}: damaged, without its run; give another --out")
-        pairs += [(f"the run's {name}", known.get(name, value), value) for name, value in facts.items()]
+        pairs += [(f"the run's {name}", noted["run"].get(name, value), value) for name, value in facts.items()]
         for name, then, now in pairs:
             require(then == now, f"--resume: {name} was {then!r} and is now {now!r}{CAUSES.get(name, '')}; give what "
                                  "it was, or another --out")
@@ -206,8 +215,10 @@ class Run:
         (an older run does not say, and has no scores)."""
         stored = read_json(checkpoint / "state.json")
         state = now | {name: value for name, value in stored.items() if name in now}
+        if state["clip"] != now["clip"]:  # scores of another CLIP cannot be compared
+            state |= {"scores": {}, "clip": now["clip"]}
         numbers, scores = state["scaler"], state["scores"]
-        whole = (stored.keys() >= now.keys() - {"class_images", "scores"} and state["step"] == step_of(checkpoint)
+        whole = (stored.keys() >= {"step", "scaler"} and state["step"] == step_of(checkpoint)
                  and isinstance(numbers, dict) and numbers.keys() == now["scaler"].keys()
                  and all(isinstance(number, float | int) for number in numbers.values())
                  and isinstance(scores, dict) and all(step.isdecimal() for step in scores)
@@ -221,9 +232,10 @@ class Run:
 
     def drop_checkpoints(self, keep: int, best_step: int | None) -> None:
         """Delete all but the newest `keep` checkpoints and the best one."""
-        for path in checkpoints(self.out)[:-keep]:
-            if step_of(path) != best_step:
-                remove(path)
+        with extra("removal of an old checkpoint"):  # a network share keeps what somebody reads
+            for path in checkpoints(self.out)[:-keep]:
+                if step_of(path) != best_step:
+                    remove(path)
 
     # ------------------------------------------------------------------------ what a person wants to see
 
@@ -235,7 +247,9 @@ class Run:
         say(f"{len(pictures)} pictures of your subject; what the model sees of them: {self.out / 'inputs.png'}")
 
     def open_log(self, step: int, settings: Any) -> None:
-        """Open metrics.jsonl to append to, cut back to what a checkpoint at `step` knows of, and the tracker."""
+        """Open metrics.jsonl to append to, cut back to what a checkpoint at `step` knows of, and the tracker. Nothing
+        can refuse the run any more, so its settings are noted."""
+        self.write_config()
         path = self.out / "metrics.jsonl"
         lines = path.read_text(errors="replace").splitlines() if path.exists() else []  # the last may be cut
         with written_whole(path) as temporary:
@@ -244,8 +258,8 @@ class Run:
         self.track = open_tracker(self.out, settings, step)
         if step:
             say(f"going on from step {step}")
-        else:
-            for preview in (self.out / "samples").glob("step-*.png"):  # of a run that is started over
+        for preview in (self.out / "samples").glob("step-*.png"):
+            if step == 0 or step_of(preview) > step:  # it will be drawn again, or never
                 remove(preview)
         if step < settings.steps:  # a result of fewer steps goes: the checkpoint that was read knows as much
             remove(self.result(settings))
@@ -303,8 +317,9 @@ def check_processes(device: torch.device, world_size: int) -> None:
                                   f"give --device {device.type}")
     require(device.type != "mps",
             f"--device mps for {world_size} processes: it cannot add up gradients; start one, without torchrun")
-    require("MASTER_ADDR" in os.environ,
-            f"WORLD_SIZE is {world_size}, but no torchrun started this process; use it, or unset WORLD_SIZE")
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    require(not missing, f"WORLD_SIZE is {world_size} without {' and '.join(missing)}, so no torchrun started this "
+                         "process; use it, or unset WORLD_SIZE")
 
 
 def open_tracker(out: Path, settings: Any, step: int) -> Callable[[dict[str, float], int], None]:

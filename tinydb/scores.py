@@ -7,16 +7,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tinydb.cli import say
+from tinydb.cli import extra, say
 from tinydb.clip import MEAN, STD, CLIPModel, preprocess
 from tinydb.config import CLIPConfig, read_json, require, write_json
 from tinydb.data import read_pictures
-from tinydb.prompts import class_prompt
+from tinydb.prompts import class_prompt, without_subject
 from tinydb.report import sample_command
 from tinydb.run import Run, config_around
-from tinydb.storage import BOX, build_model, read_tensors, save_tensors, written_whole
+from tinydb.storage import BOX, build_model, check_replaceable, read_tensors, save_tensors, written_whole
 from tinydb.tokenizer import EOS, PLACEHOLDER, CLIPTokenizer
 
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # of transformers up to 4, and since 5
 BATCH = 16  # pictures or prompts at once
 WEIGHTS = {"CLIP text": 4, "CLIP image": 1}  # of the scores of a picture, in Ranking
 TINY_NAME = "tinydb world model"  # the base of the model in the box, and of what was taught to it
@@ -53,7 +54,8 @@ class CLIP:
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a folder that transformers' CLIPModel, CLIPTokenizer and CLIPImageProcessor open as well; `dtype` None
-        leaves each tensor as it is."""
+        leaves each tensor as it is. InputError where the folder holds anything but a CLIP."""
+        check_replaceable(Path(folder), "preprocessor_config.json")
         with written_whole(Path(folder)) as path:
             self.tokenizer.save(path)
             write_json(path / "config.json", self.model.config.to_dict())
@@ -80,9 +82,16 @@ def load_clip(folder: str | Path, device: torch.device | str = "cpu", dtype: tor
 
 def build_clip(folder: Path, config: CLIPConfig, tensors: dict[str, Tensor]) -> CLIP:
     """The CLIP of `tensors`, in their own precision, with the tokenizer in `folder`."""
-    processing = folder / "preprocessor_config.json"
-    mean = read_json(processing).get("image_mean", [*MEAN]) if processing.exists() else [*MEAN]
-    require(mean == [*MEAN], f"{processing}: image_mean {mean!r} is not supported, only OpenAI's {MEAN}")
+    side = config.vision_config.image_size
+    ours = {"image_mean": [[*MEAN]], "image_std": [[*STD]], "resample": [3], "do_center_crop": [True],
+            "size": [side, {"shortest_edge": side}], "crop_size": [side, {"height": side, "width": side}]}
+    for path in (folder / name for name in PROCESSORS if (folder / name).exists()):
+        settings = read_json(path)
+        settings = settings.get("image_processor", settings)
+        require(isinstance(settings, dict), f"{path}: image_processor: expected an object of settings")
+        for name, usual in ours.items():
+            value = settings.get(name, usual[0])
+            require(value in usual, f"{path}: {name} {value!r} is not supported, only OpenAI's {usual[0]!r}")
     tokenizer, text = CLIPTokenizer.read(folder), config.text_config
     require(tokenizer.max_length <= text.max_position_embeddings
             and tokenizer.vocab[EOS] == max(tokenizer.vocab.values()) < text.vocab_size,
@@ -103,7 +112,7 @@ class Scorer:
             say(f"{NO_CLIP}: checkpoints are not scored, and none is recommended")
             return
         self.subject = clip.images(pictures)
-        self.text = clip.text([prompt.replace(f"{PLACEHOLDER} ", "") for prompt in self.prompts[:-1]])
+        self.text = clip.text([without_subject(prompt) for prompt in self.prompts[:-1]])
         self.own_fit = (self.subject @ self.text.T).mean().item()  # of the subject's own pictures to the prompts
 
     def note(self, scores: dict[str, Score], step: int, images: list[Image.Image]) -> Score:
@@ -114,10 +123,11 @@ class Scorer:
         """
         if self.clip is None or not images:
             return {}
-        features = self.clip.images(images[:-1])
-        scores[str(step)] = {"likeness": (features[:-2] @ self.subject.T).mean().item(),
-                             "prompt": (features * self.text).sum(1).mean().item()}
-        return scores[str(step)]
+        with extra("score"):
+            features = self.clip.images(images[:-1])
+            scores[str(step)] = {"likeness": (features[:-2] @ self.subject.T).mean().item(),
+                                 "prompt": (features * self.text).sum(1).mean().item()}
+        return scores.get(str(step), {})
 
     def best_step(self, scores: dict[str, Score], run: Run) -> int | None:
         """The last of the run's checkpoints whose learnt^5 kept comes within 3 % of the largest (less is noise), as a
@@ -138,12 +148,11 @@ class Scorer:
         largest = max(merits.values())
         return max(step for step, merit in merits.items() if merit >= 0.97 * largest)
 
-    def advice(self, scores: dict[str, Score], run: Run) -> str:
-        """What to say at the end of a run: the best step, where it is not the last, and how to sample it."""
+    def advice(self, scores: dict[str, Score], run: Run, last: int) -> str:
+        """What to say after the `last` step of a run: the best one, where it is another, and how to sample it."""
         best = self.best_step(scores, run)
-        if best is None:
+        if best is None or str(last) not in scores:
             return ""
-        last = max(map(int, scores))
         if best == last:
             return "By CLIP, no earlier checkpoint is better than this.\n\n"
         numbers = ", ".join(f"{name} {value:.3f} (step {last}: {scores[str(last)][name]:.3f})"
@@ -157,7 +166,7 @@ class Ranking:
     them they are, "CLIP image": the cosines that papers call CLIP-T and CLIP-I."""
 
     def __init__(self, clip: CLIP, prompt: str, subject: list[Image.Image]):
-        self.clip, self.text = clip, clip.text([prompt.replace(f"{PLACEHOLDER} ", "")])
+        self.clip, self.text = clip, clip.text([without_subject(prompt)])
         self.subject = clip.images(subject) if subject else None
         self.scores: list[dict[str, float]] = []  # of the pictures so far
 

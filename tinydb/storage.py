@@ -9,7 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,6 +31,7 @@ MOST_PROBLEMS = 10  # that a message lists
 WEIGHT_FILES = {"text_encoder": "model.safetensors", "unet": "diffusion_pytorch_model.safetensors",
                 "vae": "diffusion_pytorch_model.safetensors"}
 LORA_FILE = "lora.safetensors"
+HERE = re.sub(r"\W+", "-", platform.node())  # in names of temporary files: process numbers are a machine's own
 BOX = Path(__file__).parent.parent / "weights"  # of the clone, with `tiny` and `tiny-clip` in it
 
 # Names that older and newer programs gave to the same tensors; None drops a buffer that is no weight.
@@ -50,6 +51,7 @@ RENAMES = {
     ],
     "single_file": [  # the original LDM layout, all parts in one file
         (r"betas|\w*alphas_cumprod(?:_prev)?|posterior_\w+", None),  # the twelve buffers of the noise schedule
+        (r"v_pred", None),  # ComfyUI's mark of a model that predicts v
         (r"model_ema\..+", None),  # a second, averaged UNet; the trained one is what diffusers and A1111 take
         (r"embedding_manager\..+", None),  # of the first DreamBooth code, which grew out of textual inversion
         (r"first_stage_model\.loss\..+", None),  # the discriminator that the VAE was trained against
@@ -142,10 +144,10 @@ def written_whole(path: Path) -> Iterator[Path]:
     It is on the disk before it gets its name, so not even a power cut leaves half of it under that name. Two processes
     may write the same: each has a sibling of its own, and what killed ones left is swept.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{HERE}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sweep(path.parent, f".{glob.escape(path.name)}.*.tmp")
+        sweep(path.parent, f".{glob.escape(path.name)}")
         remove(temporary)
         yield temporary
         for written in [temporary, *temporary.rglob("*")]:
@@ -176,10 +178,15 @@ def has_writer(temporary: Path) -> bool:
 
 
 def sweep(folder: Path, pattern: str) -> None:
-    """Delete the temporary files, under names of this pattern, of processes that are no more."""
-    for temporary in [*folder.glob(pattern)]:
-        if not has_writer(temporary):
-            remove(temporary)
+    """Delete the temporary files, under names that begin like this, of this machine's processes that are no more."""
+    for temporary in [*folder.glob(f"{pattern}.{HERE}.*.tmp")]:
+        with suppress(OSError):  # a network share keeps what somebody reads
+            if has_writer(temporary):
+                continue
+            if temporary.is_dir():
+                shutil.rmtree(temporary)
+            else:
+                temporary.unlink()
 
 
 def lock(path: Path) -> int:
@@ -225,13 +232,19 @@ def flush(path: Path) -> None:
 def remove(path: Path) -> None:
     """Delete a file or a folder, if it is there; a folder loses its name first, so that nobody ever sees half of it."""
     if path.is_dir():
-        nameless = path.with_name(f".{path.name}.old.{os.getpid()}.tmp")
+        nameless = path.with_name(f".{path.name}.old.{HERE}.{os.getpid()}.tmp")
         if nameless.exists():  # what a killed run of this number left
             shutil.rmtree(nameless)
         os.replace(path, nameless)
         shutil.rmtree(nameless)
     elif path.exists():
         path.unlink()
+
+
+def check_replaceable(folder: Path, mark: str) -> None:
+    """InputError where a folder has something in it, and no file `mark` that says it is of the kind to be written."""
+    require(not folder.is_dir() or (folder / mark).exists() or not any(folder.iterdir()),
+            f"{folder}: a folder with other files, which would be lost; give another name")
 
 
 def fingerprint(folder: Path, settings: str = "") -> str:
@@ -247,9 +260,9 @@ def fingerprint(folder: Path, settings: str = "") -> str:
     return digest.hexdigest()[:12]
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step at which a checkpoint was written."""
-    return int(checkpoint.name.removeprefix("step-"))
+def step_of(path: Path) -> int:
+    """The step at which a checkpoint was written, or a preview drawn."""
+    return int(path.stem.removeprefix("step-"))
 
 
 def checkpoints(out: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from tinydb.config import InputError, as_text, read_json, read_text, write_json
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 PLACEHOLDER = "[V]"  # stands for the identifier in every prompt, as in the DreamBooth paper
+LONGEST = 10**4  # ids of a text; transformers writes 1e30 where it does not know
 MATCHING = ("normalized", "lstrip", "rstrip", "single_word")  # how an added token is found in a text
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
@@ -28,7 +29,7 @@ class CLIPTokenizer:
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], pad: str = EOS, max_length: int = 77,
                  added: dict[int, dict[str, Any]] = {}):
-        self.added = added
+        self.own_vocab, self.added = vocab, added  # which may share tokens
         vocab = vocab | {token["content"]: number for number, token in added.items()}
         missing = [token for token in (BOS, EOS, pad) if token not in vocab]
         if missing:
@@ -91,7 +92,8 @@ class CLIPTokenizer:
             known = {int(token["id"]): {"content": token["content"], "special": token.get("special") is True,
                                         **{name: token.get(name, name == "normalized") is True for name in MATCHING}}
                      for token in added if token["content"] not in (BOS, EOS, pad)}
-            return cls(vocab, merges, pad, min(int(settings.get("model_max_length") or 77), 77), known)
+            length = int(settings.get("model_max_length") or 77)
+            return cls(vocab, merges, pad, length if length <= LONGEST else 77, known)
         except InputError:
             raise
         except (OSError, LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -104,9 +106,8 @@ class CLIPTokenizer:
         settings = {**tokens, "model_max_length": self.max_length, "tokenizer_class": "CLIPTokenizer"}
         if self.added:
             settings["added_tokens_decoder"] = self.added
-        vocab = {token: i for token, i in self.vocab.items() if i not in self.added}
         merges = "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in self.merges)
-        (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+        (folder / "vocab.json").write_text(json.dumps(self.own_vocab, ensure_ascii=False), encoding="utf-8")
         (folder / "merges.txt").write_text(merges, encoding="utf-8")
         write_json(folder / "special_tokens_map.json", tokens)
         write_json(folder / "tokenizer_config.json", settings)

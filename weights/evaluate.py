@@ -33,7 +33,7 @@ from tinydb.config import Checked, ModelInfo, read_json, require, write_json
 from tinydb.data import read_pictures
 from tinydb.pictures import grid, to_pixels
 from tinydb.pipeline import StableDiffusion
-from tinydb.prompts import NOUN, class_prompt, fill
+from tinydb.prompts import NOUN, class_prompt, fill, without_subject
 from tinydb.scores import NO_CLIP, TINY_NAME, choose_clip
 from tinydb.storage import LORA_FILE, fingerprint, written_whole
 from tinydb.tokenizer import PLACEHOLDER
@@ -202,7 +202,7 @@ def paper_table(settings: Settings, sd: StableDiffusion, out: Path) -> None:
     class_images = draw(sd, [class_prompt(noun)] * CLASS_IMAGES, class_prompt(noun))
     grid(images, PAPER_PER_PROMPT).save(out / "prompts.png")
 
-    subject, text = clip.images(pictures), clip.text([prompt.replace(f"{PLACEHOLDER} ", "") for prompt in prompts])
+    subject, text = clip.images(pictures), clip.text([without_subject(prompt) for prompt in prompts])
     features = clip.images(images).unflatten(0, (len(prompts), PAPER_PER_PROMPT))
     numbers = torch.tensor([[(of_prompt @ subject.T).mean(), (of_prompt @ words).mean(), 1 - mean_of_pairs(of_prompt)]
                             for of_prompt, words in zip(features, text)])

@@ -8,6 +8,7 @@ prior preservation by the recipe of the model. It needs diffusers: pip install -
 
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def training_step(pipeline: StableDiffusionPipeline, prompts: list[list[str]], s
     train_dreambooth.py encodes them in every step.
     """
     device, unet, text_encoder = pipeline.device, pipeline.unet.train(), pipeline.text_encoder.train()
-    vae = pipeline.vae.requires_grad_(False).to(dtype)
+    vae = deepcopy(pipeline.vae).requires_grad_(False).to(dtype)  # the pipeline's own is saved as it is
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     trained = [*unet.parameters(), *text_encoder.parameters()]
     groups = [{"params": unet.parameters()}, {"params": text_encoder.parameters(), "lr": recipe.lr_text}]

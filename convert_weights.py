@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from tinydb import cli
 from tinydb.config import (Checked, CLIPConfig, InputError, ModelInfo, ScheduleConfig, TextConfig, UNetConfig,
-                           VAEConfig, read_json, require)
+                           VAEConfig, read_json, read_text, require)
 from tinydb.diffusion import NoiseSchedule
 from tinydb.pipeline import MODEL_INDEX, PARTS, StableDiffusion
 from tinydb.scores import PROCESSORS, build_clip
@@ -299,7 +299,10 @@ def read_single_file(src: Path, prediction: str | None) -> tuple[Description, di
     print(f"{src}: {len(tensors)} tensors, {dropped} more are no weights and dropped")
     if not is_ours:
         said = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key")  # ComfyUI's
-        said = {"v": "v_prediction", "epsilon": "epsilon"}.get("v" if "v_pred" in stored else said)
+        yaml = src.with_suffix(".yaml")  # A1111's
+        if "v_pred" in stored or yaml.exists() and re.search(r"parameterization:\s*[\"']?v\b", read_text(yaml)):
+            said = "v"
+        said = {"v": "v_prediction", "epsilon": "epsilon"}.get(said)
         description = with_prediction(src, description, tensors, prediction or said)
     parts = {part: {} for part in PARTS}
     for part, model in models.items():
@@ -410,8 +413,8 @@ def needed_files(repo: str, present: list[str]) -> list[str]:
                                                       "diffusers model; download its checkpoint and convert that file")
     files = ["model_index.json", "tinydb.json", "tokenizer/*", "scheduler/*"]
     if is_clip:
-        files = [*PROCESSORS, "vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json",
-                 "added_tokens.json"]
+        files = [*(file for file in PROCESSORS if file in present), "vocab.json", "merges.txt", "tokenizer*.json",
+                 "special_tokens_map.json", "added_tokens.json"]
     for part in ["clip"] if is_clip else PARTS:
         folder = "" if is_clip else f"{part}/"
         name = weight_file(repo, part, [file.removeprefix(folder) for file in present if file.startswith(folder)])

@@ -106,6 +106,7 @@ def settings_in_picture(given: Settings) -> dict[str, object]:
         raise InputError(f"--from {given.source}: {error}; expected a PNG that sample.py or A1111 wrote") from None
     samplers = {each.name: key for key, each in SAMPLERS.items()}
     here = {"Sampler": described.get("Sampler") in samplers, "RNG": described.get("RNG") == "CPU",
+            "Precision": described.get("Precision") in ("fp32", "bf16", "fp16"),
             "CLIP text": True, "CLIP image": True,  # scores, which say nothing of how to draw
             "Eta DDIM": described.get("Eta DDIM") == "0.0",  # in our older pictures: no fresh noise, as now
             "Model": Path(described.get("Model", "")).is_dir(),
@@ -151,12 +152,15 @@ def check(settings: Settings, prompts: list[str]) -> None:
     home = existing_parent(out.absolute().parent if is_file else out)
     require(home.is_dir() and os.access(home, os.W_OK), f"--out {out}: {home} is no folder to write in")
     require(not (is_file and out.is_dir()), f"--out {out}: a folder; expected the name of a file")
-    for flag, source in (("--init", settings.init), ("--from", settings.source)):
-        require(not (is_file and source and out.exists() and Path(source).exists() and out.samefile(source)),
-                f"--out {out}: the picture of {flag}, which would be lost; give another name")
-    taken = [path for path in map(partial(numbered, out), range(settings.count)) if path.exists()]
-    require(not (is_file and settings.best and taken),
+    numbers = range(settings.count) if is_file and settings.count > 1 else []
+    taken = [path for path in map(partial(numbered, out), numbers) if path.exists()]
+    require(not (settings.best and taken) or settings.among is not None,
             f"--out {out}: --best would overwrite {', '.join(map(str, taken[:3]))}; give another name")
+    for flag, source in (("--init", settings.init), ("--from", settings.source), ("--among", settings.among)):
+        require(source != "", f"{flag}: empty; expected a name, or leave it out")
+        written = [path for path in (out, *taken) if is_file and path.exists()]
+        require(not (source and Path(source).exists() and any(path.samefile(source) for path in written)),
+                f"--out {out}: would overwrite the picture of {flag}; give another name")
 
 
 def newest_model() -> Path:
@@ -183,10 +187,11 @@ def learnt_on(files: list[str]) -> str:
     cure = f"give --weights MODEL --lora {','.join(files)}"
     bases = {file: config_around(Path(file)).get("weights") for file in files}
     bases = {file: base for file, base in bases.items() if base is not None} or {files[0]: str(TINY)}
-    (first, base), *others = bases.items()
-    require(isinstance(base, str), f"{first}: the config.json of its run names no weights; {cure}")
-    require(all(other == base for _, other in others),
-            f"these LoRA files were learnt on different models, {' and '.join(map(str, bases.values()))}; {cure}")
+    for file, base in bases.items():
+        require(isinstance(base, str), f"{file}: the config.json of its run names no weights; {cure}")
+    first, base = next(iter(bases.items()))
+    require(len({Path(each).resolve() for each in bases.values()}) == 1,
+            f"these LoRA files were learnt on different models, {' and '.join(bases.values())}; {cure}")
     if Path(base).is_dir():
         return base
     about, box = read_lora(Path(first))[1], ModelInfo.read(TINY / "tinydb.json")
@@ -204,6 +209,8 @@ def advise(sd: StableDiffusion, weights: Path, prompt: str, negative: str) -> No
     written_out = prompt.replace(PLACEHOLDER, sd.identifier).lower()
     if noun and (sd.identifier.lower() not in written_out or noun.lower() not in written_out):
         say(f'"{prompt}" does not ask for your {noun}; write {PLACEHOLDER} {noun} for it')
+    if marked := re.search(r"<lora:[^>]*>|\([^()]*:[\d.]+\)", prompt):
+        say(f"{marked[0]} is read as words: weights in a prompt are A1111's; --lora and --lora-scale bring a LoRA")
     for text in (prompt, negative):
         if dropped := sd.tokenizer.dropped(text.replace(PLACEHOLDER, sd.identifier)):
             say(f"the prompt is too long for the text encoder, which will not see: {dropped!r}")
@@ -337,7 +344,7 @@ def description(sd: StableDiffusion, weights: Path, image: Image.Image, prompt: 
 def open_ranking(info: ModelInfo, clip: CLIP, prompt: str, settings: Settings) -> Ranking:
     """What ranks pictures of a prompt, with the subject's own where the run that taught it still knows where they are;
     `info` is the model's."""
-    prompt = re.sub(rf"\b{re.escape(info.identifier or DEFAULT_IDENTIFIER)}\b", PLACEHOLDER, prompt)
+    prompt = re.sub(rf"(?<!\w){re.escape(info.identifier or DEFAULT_IDENTIFIER)}(?!\w)", PLACEHOLDER, prompt)
     subject = []
     for place in [*reversed(settings.loras), settings.weights] if PLACEHOLDER in prompt else []:
         subject = subject or subject_pictures(Path(place), clip.side)
@@ -354,8 +361,9 @@ def scores_text(score: dict[str, float]) -> str:
 
 def is_sheet(path: Path) -> bool:
     """Whether a picture says that it is one of ours, but not how it was drawn: a grid, a preview, heat maps."""
-    with Image.open(path) as image:
+    with suppress(OSError, Image.DecompressionBombError), Image.open(path, formats=["PNG"]) as image:
         return "Steps:" not in image.info.get("parameters", "Steps:")
+    return False
 
 
 def rank_folder(prompt: str, settings: Settings, weights: Path, clip: CLIP) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, UNET, VAE, edit_json, edit_tensors, refusal
+from conftest import TEXT, UNET, VAE, edit_json, edit_tensors, files, refusal
 from torch import Tensor
 
 import tinydb
@@ -61,12 +61,14 @@ def test_missing_file(folder, part):
     ("vae/config.json", {"shift_factor": 0.1}, ["vae/config.json", "shift_factor = 0.1"]),
     ("text_encoder/config.json", {"hidden_act": "relu"}, ["hidden_act 'relu'", "quick_gelu or gelu"]),
     ("text_encoder/config.json", {"hidden_size": 48}, ["text_encoder", "(48,)"]),
+    ("text_encoder/config.json", {"use_attention_mask": True}, ["text_encoder/config.json", "use_attention_mask"]),
     (SCHEDULER, {"prediction_type": "sample"}, ["prediction_type 'sample'", "epsilon"]),
     (SCHEDULER, {"beta_schedule": "squaredcos_cap_v2"}, ["squaredcos_cap_v2", "linear"]),
     (SCHEDULER, {"trained_betas": [0.1]}, ["scheduler_config.json", "trained_betas"]),
     (SCHEDULER, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, ["scheduler_config.json", "FlowMatchEuler"]),
     (SCHEDULER, {"_class_name": "EDMDPMSolverMultistepScheduler"}, ["EDMDPMSolver", "DDPM"]),
     (SCHEDULER, {"rescale_betas_zero_snr": True}, ["rescale_betas_zero_snr", "False"]),
+    (SCHEDULER, {"timestep_type": "continuous"}, ["scheduler_config.json", "timestep_type", "'discrete'"]),
 ], ids=str)
 def test_unsupported_setting(folder, file, changes, words):
     edit_json(folder / file, **changes)
@@ -288,3 +290,29 @@ def test_tokenizer_of_a_larger_vocabulary(folder):
     edit_tensors(folder / "text_encoder/model.safetensors", shrink)
     edit_json(folder / "text_encoder/config.json", vocab_size=500)
     assert_refused(folder, "tokenizer", "below 500", "two models")
+
+
+@pytest.mark.parametrize("kind", ["model", "clip"])
+def test_other_files_are_not_saved_over(nano, small_clip, tmp_path, kind):
+    """They stay; over a model of the kind, and into an empty folder, it is saved."""
+    opened = tinydb.load(nano) if kind == "model" else tinydb.load_clip(small_clip)
+    home, other = tmp_path / "home", tmp_path / "other"
+    home.mkdir()
+    (home / "diary.txt").write_text("today")
+    assert f"{home}: a folder with other files, which would be lost" in refusal(opened.save, home)
+    assert files(home) == {"diary.txt": b"today"}
+    other.mkdir()
+    opened.save(other)
+    first = files(other)
+    opened.save(other)
+    assert files(other) == first and len(first) > 5
+
+
+def test_a_folder_of_another_kind_is_not_saved_over(nano, small_clip, tmp_path):
+    model, clip = tinydb.load(nano), tinydb.load_clip(small_clip)
+    for first, second in ((model, clip), (clip, model)):
+        shutil.rmtree(tmp_path / "folder", ignore_errors=True)
+        first.save(tmp_path / "folder")
+        before = files(tmp_path / "folder")
+        assert "which would be lost" in refusal(second.save, tmp_path / "folder")
+        assert files(tmp_path / "folder") == before

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,18 @@ def test_older_files_open(folder):
     assert tinydb.load_clip(folder).text(["a dog"]).shape == (1, 16)
 
 
+@pytest.mark.parametrize("half", ["text_config", "vision_config"])
+def test_what_the_older_name_of_a_half_leaves_out_is_the_usual(half):
+    """And not what the half itself says: as transformers reads it."""
+    entries = {"model_type": "clip", half: {"hidden_size": 96, "num_hidden_layers": 7, "hidden_act": "gelu"},
+               f"{half}_dict": {"hidden_size": 48, "num_attention_heads": 4}}
+    ours = getattr(CLIPConfig.from_dict(entries, "config.json"), half)
+    reference = getattr(transformers.CLIPConfig(**entries), half)
+    assert (ours.hidden_size, ours.num_hidden_layers, ours.hidden_act) == (48, 12, "quick_gelu")
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
+    assert [getattr(ours, name) for name in names] == [getattr(reference, name) for name in names]
+
+
 def test_a_folder_that_is_no_clip_is_refused(folder, tmp_path, pairs):
     assert "not a folder" in refusal(tinydb.load_clip, tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
@@ -138,9 +151,40 @@ def test_a_tokenizer_of_another_clip_is_refused(folder, change):
     assert "tokenizer and text encoder do not fit" in refusal(tinydb.load_clip, folder)
 
 
-def test_other_preprocessing_is_refused(folder):
-    edit_json(folder / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
-    assert "image_mean [0.5, 0.5, 0.5] is not supported" in refusal(tinydb.load_clip, folder)
+def with_processor(folder: Path) -> Path:
+    """The folder as transformers' CLIPProcessor writes it: pictures' settings are in another file."""
+    processor = transformers.CLIPImageProcessor.from_pretrained(folder)
+    (folder / "preprocessor_config.json").unlink()
+    transformers.CLIPProcessor(processor, reference_tokenizer("<|endoftext|>")).save_pretrained(folder)
+    assert (folder / "processor_config.json").exists() and not (folder / "preprocessor_config.json").exists()
+    return folder
+
+
+def test_a_folder_that_a_processor_wrote_opens(small_clip, folder):
+    ours, expected = tinydb.load_clip(with_processor(folder)), tinydb.load_clip(small_clip)
+    assert torch.equal(ours.text(PROMPTS), expected.text(PROMPTS))
+    assert torch.equal(ours.images(pictures()), expected.images(pictures()))
+
+
+@pytest.mark.parametrize("size, crop_size", [(32, 32), ({"shortest_edge": 32}, {"height": 32, "width": 32})], ids=str)
+def test_usual_preprocessing_is_written_in_two_ways(folder, size, crop_size):
+    edit_json(folder / "preprocessor_config.json", size=size, crop_size=crop_size)
+    assert tinydb.load_clip(folder).side == 32
+
+
+@pytest.mark.parametrize("change", [
+    {"image_mean": [0.5, 0.5, 0.5]}, {"image_std": [0.5, 0.5, 0.5]}, {"size": {"shortest_edge": 64}}, {"size": 64},
+    {"do_center_crop": False}, {"crop_size": {"height": 32, "width": 64}}, {"resample": 2},
+], ids=str)
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_other_preprocessing_is_refused(folder, file, change):
+    """By the name of the file and of the setting."""
+    [(name, value)] = change.items()
+    if file == "processor_config.json":
+        inside = json.loads((with_processor(folder) / file).read_text())["image_processor"]
+        change = {"image_processor": inside | change}
+    edit_json(folder / file, **change)
+    assert f"{file}: {name} {value} is not supported" in refusal(tinydb.load_clip, folder)
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -169,8 +213,12 @@ def test_a_clip_that_cannot_be_converted_is_refused(folder, tmp_path, command):
     assert code == 2 and "no weights in clip/; expected model.safetensors" in err
 
 
-def test_what_is_fetched_of_a_clip_on_the_hub():
-    present = ["config.json", "flax_model.msgpack", "merges.txt", "preprocessor_config.json", "pytorch_model.bin",
-               "special_tokens_map.json", "tf_model.h5", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
-    assert convert_weights.needed_files("openai/clip", present) == [
-        "preprocessor_config.json", "vocab.json", "merges.txt", "tokenizer*.json", "config.json", "pytorch_model.bin"]
+@pytest.mark.parametrize("processor", ["preprocessor_config.json", "processor_config.json"])
+def test_what_is_fetched_of_a_clip_on_the_hub(processor):
+    """Settings, tokenizer and one set of weights, whichever transformers wrote them."""
+    small = ["added_tokens.json", "config.json", "merges.txt", processor, "special_tokens_map.json", "tokenizer.json",
+             "tokenizer_config.json", "vocab.json"]
+    present = [*small, "flax_model.msgpack", "pytorch_model.bin", "tf_model.h5"]
+    patterns = convert_weights.needed_files("openai/clip", present)
+    assert sorted(name for name in present if any(fnmatch(name, pattern) for pattern in patterns)) == sorted(
+        [*small, "pytorch_model.bin"])

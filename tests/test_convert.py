@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Pair, edit_json, edit_tensors
+from conftest import MERGES, Pair, edit_json, edit_tensors, vocabulary
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -25,6 +25,7 @@ import convert_weights
 import tinydb
 from convert_weights import PARTS, SD1, SD2, Description, Settings, single_file_names
 from tinydb.config import InputError
+from tinydb.tokenizer import CLIPTokenizer
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "weights" / "tiny"
@@ -271,12 +272,41 @@ def test_foreign_sd2(foreign, pairs, narrow, tmp_path, capsys, spread, says, ask
     assert ("standard deviation" in said) == (asked is None and says in (None, "who knows")) and expected in said
 
 
-@pytest.mark.parametrize("says, expected", [("v", "v_prediction"), ("epsilon", "epsilon"), (None, "epsilon")])
-def test_prediction_of_sd1(foreign, narrow, sd1, tmp_path, says, expected):
-    """Fine-tunes of SD 1.x for v_prediction exist; their files say so, their weights do not show it."""
-    save_file(foreign("sd1"), tmp_path / "v.safetensors", {"modelspec.prediction_type": says} if says else None)
+@pytest.mark.parametrize("marks, metadata, expected", [
+    ([], {"modelspec.prediction_type": "v"}, "v_prediction"), ([], {"modelspec.prediction_type": "epsilon"}, "epsilon"),
+    ([], None, "epsilon"), (["v_pred"], None, "v_prediction"), ([], {"modelspec.predict_key": "v"}, "v_prediction"),
+    (["v_pred"], {"modelspec.predict_key": "epsilon"}, "v_prediction"),
+], ids=str)
+def test_prediction_of_sd1(foreign, narrow, sd1, tmp_path, marks, metadata, expected):
+    """Fine-tunes of SD 1.x for v_prediction exist; their files say so, ComfyUI's by an empty tensor, and their weights
+    do not show it."""
+    save_file({**foreign("sd1"), **{mark: torch.tensor([]) for mark in marks}}, tmp_path / "v.safetensors", metadata)
     folder = convert(tmp_path / "v.safetensors", tmp_path / "back", tokenizer=str(sd1 / "tokenizer"))
     assert tinydb.load(folder).schedule.config.prediction_type == expected
+
+
+@pytest.mark.parametrize("text, expected", [('parameterization: "v"', "v_prediction"), ("target: ldm.x", "epsilon")])
+def test_prediction_that_a_yaml_beside_the_file_says(foreign, narrow, sd1, tmp_path, text, expected):
+    """As A1111 wants it."""
+    save_file(foreign("sd1"), tmp_path / "v.safetensors")
+    (tmp_path / "v.yaml").write_text(f"model:\n  params:\n    {text}\n    linear_start: 0.00085\n")
+    folder = convert(tmp_path / "v.safetensors", tmp_path / "back", tokenizer=str(sd1 / "tokenizer"))
+    assert tinydb.load(folder).schedule.config.prediction_type == expected
+
+
+def test_a_given_prediction_overrides_the_mark(foreign, narrow, sd1, tmp_path):
+    save_file({**foreign("sd1"), "v_pred": torch.tensor([])}, tmp_path / "v.safetensors")
+    folder = convert(tmp_path / "v.safetensors", tmp_path / "back", tokenizer=str(sd1 / "tokenizer"),
+                     prediction="epsilon")
+    assert tinydb.load(folder).schedule.config.prediction_type == "epsilon"
+
+
+def test_another_noise_schedule_is_refused(foreign, narrow, sd1, tmp_path):
+    """ComfyUI's mark of it, an empty tensor."""
+    marks = {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}
+    save_file({**foreign("sd1"), **marks}, tmp_path / "v.safetensors")
+    line = refusal(tmp_path / "v.safetensors", tmp_path / "out", tokenizer=str(sd1 / "tokenizer"))
+    assert "zero terminal SNR" in line
 
 
 def test_prediction_of_a_folder(sd1, tmp_path):
@@ -298,6 +328,19 @@ def test_tokenizer_of_a_single_file(foreign, narrow, sd1, tmp_path, monkeypatch)
     assert "no hub; pass --tokenizer" in refusal(tmp_path / "other.safetensors", tmp_path / "none")
     nothing = str(tmp_path / "nothing")
     assert nothing in refusal(tmp_path / "other.safetensors", tmp_path / "none", tokenizer=nothing)
+
+
+@pytest.mark.parametrize("kind, pad", [("sd1", "<|endoftext|>"), ("sd2", "!")])
+def test_tokenizer_that_is_given_keeps_what_it_says(foreign, narrow, tmp_path, kind, pad):
+    """Its length and its added tokens; the padding is that of the text encoder."""
+    number = vocabulary()["ph"]
+    given = CLIPTokenizer(vocabulary(), MERGES, max_length=60, added={number: {"content": "ph", "single_word": True}})
+    given.save(tmp_path / "tokenizer")
+    save_file(foreign(kind), tmp_path / "other.safetensors")
+    convert(tmp_path / "other.safetensors", tmp_path / "back", tokenizer=str(tmp_path / "tokenizer"))
+    ours = tinydb.load(tmp_path / "back").tokenizer
+    assert (ours.pad, ours.added, ours.vocab) == (pad, CLIPTokenizer.read(tmp_path / "tokenizer").added, given.vocab)
+    assert ours.encode("a ph of the dog").shape == (1, 60) and number in ours.encode("a ph of the dog")
 
 
 def lightning_checkpoint(path: Path, tensors: dict[str, Tensor], monkeypatch, old_numpy: bool) -> None:

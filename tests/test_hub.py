@@ -226,6 +226,18 @@ def test_no_network(convert, tmp_path):
         assert failed.returncode == 2 and failed.stderr.count("\n") == 1 and "me/model" in failed.stderr, failed.stderr
 
 
+def test_clip_with_one_file_for_both_processors(hub, convert, small_clip, tmp_path):
+    """As transformers has written them since 5."""
+    folder = Path(shutil.copytree(small_clip, tmp_path / "hub" / "clip"))
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": processor}))
+    hub.repositories["me/clip"] = folder
+    done = convert("me/clip", "out")
+    assert done.returncode == 0, done.stderr
+    assert tinydb.load_clip(tmp_path / "out").side == 32
+
+
 def test_tokenizer_from_the_hub(hub, convert, pairs, tmp_path):
     """Of CLIP's repository only the vocabulary is asked for."""
     clip, folder = tmp_path / "hub" / "clip", tmp_path / "without"

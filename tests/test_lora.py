@@ -1,13 +1,15 @@
 """Low-rank updates: the mathematics, the files that other programs read and write, and training by train.py."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Pair, difference, files, loss_on_fixed_noise, metrics, names, refusal
+from conftest import (UNET, Pair, difference, edit_json, edit_tensors, files, loss_on_fixed_noise, metrics, names,
+                      refusal)
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -309,6 +311,28 @@ def test_file_that_does_not_fit_is_refused_by_name(pairs, tmp_path, tensors, wor
         assert torch.equal(weight, weights_of(pairs("sd1").sd)[name])
 
 
+@pytest.mark.parametrize("note", [{"class": 5}, {"class": "cat", "identifier": ["zwx"]}], ids=str)
+def test_file_that_was_taught_no_word_is_refused_by_name(pairs, lora_of, tmp_path, note):
+    """And changes nothing."""
+    file, sd = tmp_path / "other.safetensors", tinydb.load(pairs("sd1").folder)
+    save_file(load_file(lora_of(pairs("sd1"))), file, metadata={"tinydb": json.dumps(note)})
+    assert f"{file}: {[*note][-1]} {[*note.values()][-1]!r} in its metadata" in refusal(sd.add_lora, file)
+    assert sd.info == pairs("sd1").sd.info
+    for name, weight in weights_of(sd).items():
+        assert torch.equal(weight, weights_of(pairs("sd1").sd)[name])
+
+
+def test_file_in_fp8(pairs, lora_of, tmp_path):
+    file = lora_of(pairs("sd1"))
+    low = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(file).items()}
+    save_file(low, tmp_path / "low.safetensors")
+    save_file({name: tensor.float() for name, tensor in low.items()}, tmp_path / "same.safetensors")
+    (ours, _), (expected, _) = (read_lora(tmp_path / f"{name}.safetensors") for name in ("low", "same"))
+    assert ours.keys() == expected.keys()
+    for name, update in expected.items():
+        assert all(torch.equal(ours[name][kind], tensor) for kind, tensor in update.items())
+
+
 def test_damaged_file(pairs, lora_of, tmp_path):
     sd, file = tinydb.load(pairs("sd1").folder), lora_of(pairs("sd1"))
     tensors = load_file(file)
@@ -428,20 +452,74 @@ def test_sample_finds_a_run_as_it_finds_a_model(teach, nano, drawn, tmp_path, ca
     expected = merged(nano, (earlier / "lora.safetensors", 1.0)).generate("[V] dog", steps=2)
     assert difference([Image.open(drawn(lora=str(earlier / "lora.safetensors")))], expected) == 0
     given = sample.Settings(prompt=[], source=str(picture), weights=str(earlier))  # the same picture by another model
-    assert "lora" not in sample.settings_in_picture(given) and "not taken over: Lora" in capsys.readouterr().err
+    assert not {"lora", "lora_scale"} & sample.settings_in_picture(given).keys()
+    assert re.search("not taken over: Lora .+, Lora scale 1.0", capsys.readouterr().err)
 
 
-def test_run_in_the_box_that_was_moved_finds_the_box(tmp_path):
-    """Its config.json names the place where the clone was; a model elsewhere has to be given."""
-    for folder, base in (("box", ModelInfo.read(sample.TINY / "tinydb.json").base), ("other", {"name": "a base"})):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "config.json").write_text(f'{{"weights": "{tmp_path}/gone/weights/tiny"}}')
-        (tmp_path / folder / "metrics.jsonl").touch()
-        save_lora(nn.ModuleDict(), tmp_path / folder / "lora.safetensors", ModelInfo("zwx", "dog", 5, base))
-    box, other = (sample.Settings(prompt=["[V] dog"], weights=str(tmp_path / name)) for name in ("box", "other"))
-    assert sample.with_model(box).weights == str(sample.TINY)
-    text = refusal(sample.with_model, other)
-    assert "gone/weights/tiny, which is not there any more; give --weights" in text
+def learnt(folder: Path, weights: object, base: dict[str, str] = {"name": "a base"}) -> Path:
+    """The LoRA file of a run that began with `weights`, whose model says that it is `base`."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"weights": str(weights)}))
+    (folder / "metrics.jsonl").touch()
+    save_lora(nn.ModuleDict(), folder / "lora.safetensors", ModelInfo("zwx", "dog", 5, base))
+    return folder / "lora.safetensors"
+
+
+def with_model(**settings) -> sample.Settings:
+    """The settings with the model that sample.py takes for them."""
+    return sample.with_model(sample.Settings(prompt=["[V] dog"], **settings))
+
+
+@pytest.mark.parametrize("place, is_box, found", [
+    ("weights/tiny", True, True), ("weights/tiny", False, False), ("runs/rex/model", True, False)])
+def test_run_in_the_box_that_was_moved_finds_the_box(tmp_path, place, is_box, found):
+    """Its config.json names the place where the clone was; a model elsewhere has to be given, with the file."""
+    base = ModelInfo.read(sample.TINY / "tinydb.json").base if is_box else {"name": "a base"}
+    file = learnt(tmp_path / "run", tmp_path / "gone" / place, base)
+    for given in ({"weights": str(file.parent)}, {"lora": str(file)}):
+        if found:
+            assert with_model(**given).weights == str(sample.TINY)
+        else:
+            cure = f"gone/{place}, which is not there any more; give --weights MODEL --lora {file}"
+            assert cure in refusal(with_model, **given)
+
+
+def test_model_with_a_lora_file_beside_it_is_still_the_model(nano, tmp_path):
+    folder = Path(shutil.copytree(nano, tmp_path / "model"))
+    save_lora(nn.ModuleDict(), folder / "lora.safetensors", ModelInfo())
+    settings = with_model(weights=str(folder))
+    assert (settings.weights, settings.lora) == (str(folder), None)
+
+
+@pytest.mark.parametrize("spelled", ["run/lora.safetensors", "./run/lora.safetensors", "other/../run/lora.safetensors",
+                                     "{here}/run/lora.safetensors"])
+def test_own_file_of_a_run_is_added_once(nano, tmp_path, monkeypatch, spelled):
+    """However it is spelled; others are added too."""
+    monkeypatch.chdir(tmp_path)
+    other = learnt(tmp_path / "other", nano)
+    learnt(tmp_path / "run", nano)
+    given = f"{spelled.format(here=tmp_path)},{other}"
+    settings = with_model(weights="run", lora=given)
+    assert [Path(file).resolve() for file in settings.loras] == [tmp_path / "run" / "lora.safetensors", other]
+    assert settings.weights == str(nano)
+
+
+def test_any_of_several_files_gives_the_model(nano, tmp_path):
+    """In whatever order; files whose models differ need one that is given."""
+    mine, same, other = (learnt(tmp_path / name, base) for name, base in (
+        ("mine", nano), ("same", nano), ("other", tmp_path)))
+    save_lora(nn.ModuleDict(), tmp_path / "style.safetensors", ModelInfo())
+    edit_json(tmp_path / "same" / "config.json", weights=f"{nano.parent}/../{nano.parent.name}/{nano.name}")  # the same
+    for files in ([mine, "style.safetensors"], ["style.safetensors", mine], [mine, same]):
+        lora = ",".join(str(tmp_path / file) for file in files)
+        assert (found := with_model(lora=lora)).weights == str(nano) and found.lora == lora
+    style = str(tmp_path / "style.safetensors")
+    assert with_model(weights=str(mine.parent), lora=style).weights == str(nano)
+    both = f"{mine},{other}"
+    text = refusal(with_model, lora=both)
+    assert "different models" in text and f"give --weights MODEL --lora {both}" in text
+    assert "different models" in refusal(with_model, weights=str(mine.parent), lora=str(other))
+    assert with_model(weights=str(nano), lora=both).weights == str(nano)
 
 
 def test_several_files_with_a_scale_and_the_picture_says_so(pairs, nano, drawn, tmp_path):
@@ -489,6 +567,17 @@ def test_updates_are_added_in_fp32(pairs, lora_of):
     for name, tensor in weights_of(low).items():
         rounded = (weight[name].half().float() + exact[name] - weight[name]).half()
         assert (tensor != rounded).float().mean() < 0.02, name
+
+
+def test_merged_into_a_model_in_fp8(pairs, lora_of, tmp_path):
+    """The sum is made in float32 and rounded once."""
+    pair = pairs("sd1")
+    file, folder = lora_of(pair), Path(shutil.copytree(pair.folder, tmp_path / "low"))
+    edit_tensors(folder / UNET, lambda tensors: {name: t.to(torch.float8_e4m3fn) for name, t in tensors.items()})
+    settings = convert_weights.Settings(str(folder), str(tmp_path / "merged"), lora=str(file))
+    convert_weights.main(settings)
+    ours, exact = load_file(tmp_path / "merged" / UNET), merged(folder, (file, 1.0)).unet.state_dict()
+    assert all(torch.equal(ours[name].float(), exact[name].to(torch.float8_e4m3fn).float()) for name in exact)
 
 
 def test_alone_it_is_no_model_to_convert(teach, tmp_path):

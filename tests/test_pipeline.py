@@ -282,6 +282,7 @@ def test_more_pictures_than_are_decoded_at_once(pairs):
     ({"strength": 0.0}, "--strength 0.0: expected more than 0"),
     ({"sampler": "euler"}, "--sampler 'euler': expected ddim or dpm"),
     ({"latents": torch.zeros(2, 4, 8, 8)}, "2 latents for 1 prompts"),
+    ({"init": Image.new("RGB", (16, 16)), "latents": torch.zeros(1, 4, 8, 8)}, "init and latents: both say where"),
     ({"init": Image.new("RGB", (20, 16))}, "init of 20x16"), ({"steps": "many"}, "--steps 'many': expected int"),
 ], ids=lambda value: value if isinstance(value, str) else "")
 def test_what_cannot_be_drawn(pairs, settings, words):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEXT, UNET, VAE, difference, edit_json, edit_tensors, names
+from conftest import ROOT, TEXT, UNET, VAE, difference, edit_json, edit_tensors, files, names, refusal
 from PIL import Image, ImageOps
 from processes import limit_file_size, start
 from torch import Tensor
@@ -70,8 +70,10 @@ def test_best_of_many_are_kept_and_say_their_scores(draw, small_clip, tmp_path, 
 
 
 def test_the_subject_counts_by_its_pictures_with_lora(draw, teach, small_clip, tmp_path):
+    """Also where another file, which lies in no run, is added."""
     out = teach(tmp_path / "run", lora=2, steps=1)
-    for given in ({"weights": str(out)}, {"lora": str(out / "lora.safetensors")}):
+    mine, other = out / "lora.safetensors", shutil.copy(out / "lora.safetensors", tmp_path / "other.safetensors")
+    for given in ({"weights": str(out)}, {"lora": str(mine)}, {"lora": f"{mine},{other}"}, {"lora": f"{other},{mine}"}):
         [kept] = draw("[V] dog", count=2, best=1, clip=str(small_clip), **given).values()
         assert "CLIP image: " in kept.info["parameters"]
 
@@ -113,6 +115,16 @@ def test_the_prompt_counts_four_times():
     assert ranking.best() == [1, 0, 3, 2]
 
 
+@pytest.mark.parametrize("prompt, asked", [
+    ("[V] dog", "dog"), ("[V]'s hat", "hat"), ("a photo of [V], a dog", "a photo of a dog"),
+    ("a [V]'s hat on a [V] dog", "a hat on a dog"), ("a photo of a [V]dog", "a photo of a dog"), ("a cat", "a cat")])
+def test_what_clip_is_asked_of_a_prompt(prompt, asked):
+    """All of it but [V], which it does not know."""
+    clip = Axes()
+    Ranking(clip, prompt, [])
+    assert clip.asked == [asked]
+
+
 def test_the_subject_counts_by_its_pictures(draw, teach, small_clip, tmp_path, capsys):
     """Where the run still knows where they are."""
     model = teach(tmp_path / "run", steps=1) / "model"
@@ -129,23 +141,30 @@ def test_the_subject_counts_by_its_pictures(draw, teach, small_clip, tmp_path, c
 
 
 def test_pictures_of_a_folder_are_ranked(draw, nano, small_clip, photos, tmp_path, capsys):
-    """Nothing is drawn; what is no picture is named."""
+    """Nothing is drawn; what is no picture is named, and so are sheets, which are told by what they say."""
     folder = Path(shutil.copytree(photos, tmp_path / "photos"))
     (folder / "notes.txt").write_text("no picture")
     (folder / "broken.png").write_text("no picture")
-    for name in ("0002-the-dog-grid.png", "0004-series.png", "0001-best-of-a-cat.png", "preview.png"):  # of sample.py
-        Image.new("RGB", (64, 64), "red").save(folder / name)
+    (folder / "0.png").rename(folder / "holiday-series.png")
+    drawn = draw("a cat", count=2, attention=True, preview=1, out=str(tmp_path / "drawn"))
+    for path in drawn:
+        name = Path(path).name.replace("0000-a-cat-grid", "a favourite")
+        (tmp_path / path).rename(folder / name)
+    capsys.readouterr()
     [sheet] = draw("the dog", among=str(folder), clip=str(small_clip)).values()
     printed = capsys.readouterr()
     *rows, last = printed.out.splitlines()
     ranked = [row.split("\t") for row in rows]
     clip = tinydb.load_clip(small_clip)
-    pictures, _ = tinydb.data.read_pictures(photos, 32)
+    pictures, _ = tinydb.data.read_pictures(folder, 128)
+    pictures = {name: pictures[name] for name in ("0000-a-cat.png", "0001-a-cat.png", "1.png", "2.png",
+                                                  "holiday-series.png")}
     scores = dict(zip(pictures, (clip.images(list(pictures.values())) @ clip.text(["the dog"])[0]).tolist()))
     assert [Path(path).name for path, _ in ranked] == sorted(scores, key=lambda name: -scores[name])
     assert [score for _, score in ranked] == [f"CLIP text {value:.3f}" for value in sorted(scores.values())[::-1]]
-    assert Path(last).name == "0000-best-of-the-dog.png" and sheet.width == 3 * 128
-    assert "broken.png is skipped" in printed.err and "0004-series.png is left out" in printed.err
+    assert Path(last).name == "0000-best-of-the-dog.png" and sheet.width == 4 * 128
+    assert "broken.png is skipped" in printed.err and re.findall("(.+) is left out: a sheet", printed.err) == [
+        "0000-a-cat-attention.png", "0001-a-cat-attention.png", "a favourite.png", "preview.png"]
     sample.main(sample.Settings(prompt=["the dog", "a cat"], weights=str(nano), among=str(folder), clip=str(small_clip),
                                 out=str(tmp_path / "two"), device="cpu"))
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == [
@@ -161,6 +180,7 @@ def test_pictures_of_a_folder_are_ranked(draw, nano, small_clip, photos, tmp_pat
     (["--among", "empty", "--clip", "CLIP"], "--among empty: no picture in it"),
     (["--among", "nothing", "--clip", "CLIP"], "nothing: not a folder; expected one with pictures in it"),
     (["--among", "empty"], "no --clip"),
+    (["--among", "empty", "--clip", "CLIP", "--weights", "empty"], "empty: not a model folder; give another --weights"),
 ], ids=str)
 def test_what_cannot_be_ranked_is_refused(command, nano, small_clip, tmp_path, arguments, words):
     (tmp_path / "empty").mkdir()
@@ -226,6 +246,8 @@ def test_folder_is_numbered_on(draw, tmp_path):
         "out/0000-V-dog-on-grid.png", "out/0000-V-dog-on.png", "out/0001-V-dog-on.png"]
     assert list(draw("a cat")) == ["out/0002-a-cat.png"]
     assert list(draw("x" * 200)) == [f"out/0003-{'x' * 60}.png"]
+    [path] = draw("𠮷" * 70)  # a name has 255 bytes, and each of these letters four
+    assert re.fullmatch("out/0004-𠮷{20,60}.png", path)
     (tmp_path / "out" / "10000-a-dog.png").touch()
     assert list(draw("a dog")) == ["out/10001-a-dog.png"]
 
@@ -241,6 +263,48 @@ def test_out_that_names_a_picture_names_the_grid_of_several(draw, tmp_path):
     assert list(pictures) == ["cat-0.png", "cat-1.png", "cat.png"]
     first, second, sheet = pictures.values()
     assert difference([sheet], [grid([first, second], 2, ["a cat", ""])]) == 0
+
+
+@pytest.mark.parametrize("option", ["--init", "--from"])
+def test_the_picture_that_is_drawn_from_is_not_overwritten(command, nano, tmp_path, option):
+    given = ["--weights", str(nano), "--device", "cpu"]
+    assert command("sample.py", "a dog", "-n", "1", "--out", "cat.png", *given)[0] == 0
+    before = (tmp_path / "cat.png").read_bytes()
+    for out in ("cat.png", str(tmp_path / "cat.png")):
+        code, _, error = command("sample.py", "a cat", "-n", "1", option, "./cat.png", "--out", out, *given)
+        assert code == 2 and f"--out {out}: would overwrite the picture of {option}" in error.splitlines()[-1]
+    (tmp_path / "fox-1.png").write_bytes(before)
+    code, _, error = command("sample.py", "a fox", "-n", "3", option, "fox-1.png", "--out", "fox.png", *given)
+    assert code == 2 and f"--out fox.png: would overwrite the picture of {option}" in error.splitlines()[-1]
+    assert {content for content in files(tmp_path).values()} == {before}
+    (tmp_path / "fox-1.png").unlink()
+    code, _, error = command("sample.py", "a cat", "-n", "1", option, "cat.png", "--out", "dog.png", *given)
+    assert code == 0 and names(tmp_path) == ["cat.png", "dog.png"], error
+
+
+def test_the_best_of_many_leave_earlier_pictures_alone(draw, small_clip, tmp_path):
+    """Of the same names, which are those of what is drawn on the way."""
+    (tmp_path / "cat-1.png").write_bytes(b"earlier")
+    settings = {"count": 3, "best": 1, "clip": str(small_clip)}
+    assert "--best would overwrite" in (text := refusal(draw, "a cat", out=str(tmp_path / "cat.png"), **settings))
+    assert "cat-1.png" in text and "cat-0.png" not in text
+    assert files(tmp_path) == {"cat-1.png": b"earlier"}
+    assert list(draw("a cat", out=str(tmp_path / "dog.png"), **settings)) == ["dog.png"]
+    assert "cat.png" in draw("a cat", out=str(tmp_path / "cat.png"), **{**settings, "count": 1})
+
+
+@pytest.mark.parametrize("option", ["--init", "--among"])
+def test_empty_name_is_refused(command, nano, option):
+    """As of a shell's variable that is not set."""
+    code, _, error = command("sample.py", "a dog", "--weights", str(nano), "--device", "cpu", option, "")
+    assert code == 2 and f"{option}: empty" in error
+
+
+@pytest.mark.parametrize("prompt, marked", [
+    ("a (red:1.3) dog", "(red:1.3)"), ("a dog <lora:style:0.8>", "<lora:style:0.8>"), ("a dog (a red one)", None)])
+def test_weights_of_another_program_in_a_prompt_are_words(draw, capsys, prompt, marked):
+    draw(prompt)
+    assert ("is read as words" in (error := capsys.readouterr().err)) == bool(marked) and (marked or "") in error
 
 
 @pytest.mark.parametrize("prompts, count, sheets", [
@@ -380,6 +444,18 @@ def test_picture_is_drawn_again_from_what_it_says(draw, tmp_path, options):
     assert difference([first], draw(*again.prompt, **settings).values()) == 0
     other = read("a cat", "--from", str(tmp_path / path), "--seed", "9")
     assert (other.prompt, other.seed, other.negative) == (["a cat"], 9, again.negative)
+
+
+def test_number_format_that_was_given_is_the_pictures(draw, tmp_path):
+    """Where sample.py chose it, the next one chooses again."""
+    [(path, first)] = draw("a dog", precision="bf16").items()
+    assert "Precision: bf16" in first.text["parameters"]
+    again = read("--from", str(tmp_path / path))
+    assert again.precision == "bf16"
+    assert difference([first], draw("a dog", precision=again.precision).values()) == 0
+    [(path, plain)] = draw("a dog").items()
+    assert "Precision" not in plain.text["parameters"] and difference([first], [plain]) > 0
+    assert read("--from", str(tmp_path / path)).precision == "auto"
 
 
 def test_lines_of_a_file_go_by_the_picture_of_the_command_line(draw, nano, tmp_path):

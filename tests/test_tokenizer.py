@@ -100,6 +100,31 @@ def test_added_tokens_are_read_as_one_piece_and_kept(tmp_path, pad, layout):
             assert [t for t, a, b in zip(texts, tokenizer.encode(texts), expected) if not torch.equal(a, b)] == []
 
 
+def test_an_added_token_may_be_a_piece_of_other_words(tmp_path, pad):
+    """It stays in the vocabulary that the merges need; what is saved opens, here and in transformers."""
+    CLIPTokenizer(vocabulary(), MERGES, pad).save(tmp_path / "theirs")
+    token = {"content": "ph", "normalized": True, "lstrip": False, "rstrip": False, "single_word": True}
+    edit_json(tmp_path / "theirs" / "tokenizer_config.json", added_tokens_decoder={vocabulary()["ph"]: token})
+    ours = CLIPTokenizer.read(tmp_path / "theirs")
+    ours.save(tmp_path / "ours")
+    texts = ["a photo of the dog", "ph of the dog", "PH, ph!"]
+    for path in (tmp_path / "theirs", tmp_path / "ours"):
+        reference = transformers.CLIPTokenizer.from_pretrained(path)
+        expected = reference(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        for tokenizer in (ours, CLIPTokenizer.read(tmp_path / "ours")):
+            assert torch.equal(tokenizer.encode(texts), expected)
+
+
+@pytest.mark.parametrize("says, length", [(248, 248), (60, 60), (1e30, 77), (None, 77)], ids=str)
+def test_length_is_what_the_folder_says(tokenizer, tmp_path, says, length):
+    """Longer than CLIP's too; where it does not know, transformers writes 1e30."""
+    tokenizer.save(tmp_path / "theirs")
+    edit_json(tmp_path / "theirs" / "tokenizer_config.json", model_max_length=says)
+    CLIPTokenizer.read(tmp_path / "theirs").save(tmp_path / "ours")
+    for folder in ("theirs", "ours"):
+        assert CLIPTokenizer.read(tmp_path / folder).encode("dog " * 300).shape == (1, length)
+
+
 def test_one_text_is_a_batch_of_one(tokenizer):
     assert torch.equal(tokenizer.encode("the dog"), tokenizer.encode(["the dog"]))
 

@@ -25,6 +25,7 @@ import world  # noqa: E402
 
 import tinydb  # noqa: E402
 from tinydb.clip import preprocess  # noqa: E402
+from tinydb.config import ModelInfo  # noqa: E402
 from tinydb.data import fit, open_picture  # noqa: E402
 from tinydb.pictures import to_pixels  # noqa: E402
 
@@ -264,6 +265,14 @@ def test_study_goes_on_and_compares_the_same_subjects_and_seeds(tmp_path, monkey
     study.print()
     printed = capsys.readouterr().out
     assert f"| {first} | 2 | 92 ± 2 |" in printed and f"| {paper} | 2 | -11 ± 1 |" in printed
+
+
+def test_the_autoencoder_of_the_reference_keeps_its_precision(nano):
+    """It computes in that of the step, and is saved as it was."""
+    pipeline = reference.load_pipeline(nano, torch.device("cpu"))
+    pixels, recipe = torch.rand(2, 3, 16, 16), ModelInfo.read(nano / "tinydb.json").recipe
+    reference.training_step(pipeline, [["a dog"] * 2] * 2, [pixels, pixels], 2, recipe, torch.bfloat16)()
+    assert {tensor.dtype for tensor in pipeline.vae.state_dict().values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("given", [False, True])

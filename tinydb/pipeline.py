@@ -148,6 +148,7 @@ class StableDiffusion:
         sampling = self.with_recipe(Sampling(**settings))
         timesteps = sampler_timesteps(self.schedule, sampling.sampler, sampling.steps)
         generators = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(prompts))]
+        require(init is None or latents is None, "init and latents: both say where to start; give one of them")
         if init is not None:
             timesteps = timesteps[-sampling.steps_over_picture :]
             latents = self.noised(init, timesteps[0], generators)

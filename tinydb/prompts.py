@@ -23,7 +23,7 @@ def class_prompt(noun: str) -> str:
 
 def without_subject(prompt: str) -> str:
     """What a CLIP, which does not know the subject, can read: "[V] dog on the moon" -> "dog on the moon"."""
-    return re.sub(r"\[V\]('s)?,?\s*", "", prompt)
+    return re.sub(r"\[V\](['’]s)?,?\s*", "", prompt)
 
 
 def read_lines(path: Path) -> list[str]:

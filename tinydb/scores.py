@@ -55,7 +55,7 @@ class CLIP:
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a folder that transformers' CLIPModel, CLIPTokenizer and CLIPImageProcessor open as well; `dtype` None
         leaves each tensor as it is. InputError where the folder holds anything but a CLIP."""
-        check_replaceable(Path(folder), "preprocessor_config.json")
+        check_replaceable(Path(folder), *PROCESSORS)
         with written_whole(Path(folder)) as path:
             self.tokenizer.save(path)
             write_json(path / "config.json", self.model.config.to_dict())

@@ -241,9 +241,9 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def check_replaceable(folder: Path, mark: str) -> None:
-    """InputError where a folder has something in it, and no file `mark` that says it is of the kind to be written."""
-    require(not folder.is_dir() or (folder / mark).exists() or not any(folder.iterdir()),
+def check_replaceable(folder: Path, *marks: str) -> None:
+    """InputError where a folder has something in it, and none of the files that say it is of the kind to be written."""
+    require(not folder.is_dir() or any((folder / mark).exists() for mark in marks) or not any(folder.iterdir()),
             f"{folder}: a folder with other files, which would be lost; give another name")
 
 

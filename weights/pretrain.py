@@ -166,7 +166,7 @@ def train(name: str, model: nn.Module, loss_of: Callable[[nn.Module], Tensor], s
               for part_name, part in model.named_children()]
     optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     average = deepcopy(model).requires_grad_(False)
-    checkpoint, start = out / f"{name}.pt", 0
+    checkpoint, start = out / f"{name}-{seed}.pt", 0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         start = state["step"]
@@ -281,10 +281,11 @@ def make_tokenizer(words: list[str]) -> CLIPTokenizer:
 
 
 @torch.inference_mode()
-def encode_pictures(vae: AutoencoderKL, pictures: Tensor, out: Path, device: torch.device) -> tuple[Tensor, Tensor]:
+def encode_pictures(vae: AutoencoderKL, pictures: Tensor, seed: int, out: Path,
+                    device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents of every picture, (N, C, h, w) each, kept in OUT and on the CPU."""
-    path = out / f"latents-{len(pictures)}.safetensors"
-    if not path.exists() or path.stat().st_mtime < (out / "vae.pt").stat().st_mtime:
+    path = out / f"latents-{seed}-{len(pictures)}.safetensors"
+    if not path.exists() or path.stat().st_mtime < (out / f"vae-{seed}.pt").stat().st_mtime:
         parts = [vae.encode(pixels_of(part, device)) for part in tqdm(pictures.split(64), "encoding the world")]
         with written_whole(path) as temporary:
             mean, std = (torch.cat([part[k] for part in parts]) for k in (0, 1))
@@ -296,7 +297,7 @@ def encode_pictures(vae: AutoencoderKL, pictures: Tensor, out: Path, device: tor
 def train_text_to_image(settings: Settings, sd: StableDiffusion, pictures: Tensor, scenes: list[Scene],
                         out: Path, device: torch.device) -> None:
     """Text encoder and UNet together, on latents of the finished autoencoder; `sd` gets their moving averages."""
-    mean, std = encode_pictures(sd.vae, pictures, out, device)
+    mean, std = encode_pictures(sd.vae, pictures, settings.seed, out, device)
     scaling = 1 / (mean.var() + std.square().mean()).sqrt().item()  # latents of unit variance
     sd.vae.config = replace(VAE, scaling_factor=scaling)
     mean, std = (scaling * mean).to(device), (scaling * std).to(device)

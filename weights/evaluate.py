@@ -423,8 +423,11 @@ def main(settings: Settings):
     out = Path(settings.out) / kind
     out.mkdir(parents=True, exist_ok=True)
     if settings.dreambooth:
-        study, few = Study(Path(settings.weights), out, load_judge()), settings.quick
-        study.run(list(SUBJECTS)[: 2 if few else None], 1 if few else settings.seeds, list(ARMS)[: 4 if few else None])
+        study = Study(Path(settings.weights), out, load_judge())
+        names, seeds, ways = list(SUBJECTS), settings.seeds, list(ARMS)
+        if settings.quick:
+            names, seeds, ways = names[:2], 1, ways[:4]
+        study.run(names, seeds, ways)
         study.print()
     elif settings.subject:
         paper_table(settings, open_model(settings.weights, settings.lora), out)

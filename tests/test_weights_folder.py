@@ -341,13 +341,13 @@ def test_clip_in_the_box_tells_each_subject_from_its_class():
     for name, subject in world.SUBJECTS.items():
         paths = (folder.parent / "subjects" / name).glob("*.png")
         photographs = [Image.open(path).convert("RGB") for path in paths]
-        elsewhere = [world.compose(subject.noun, subject.look, place, rng, 64) for place in world.PLACES]
+        elsewhere = [world.compose(subject.noun, subject.look, place, rng) for place in world.PLACES]
         others = [world.render(replace(world.sample_scene(rng), noun=subject.noun), rng) for _ in range(10)]
         of_photographs = clip.images(photographs)
         like, unlike = ((clip.images(images) @ of_photographs.T).mean(1) for images in (elsewhere, others))
         assert like.min() > unlike.max(), name
     with torch.inference_mode():
-        features = reference.get_image_features(preprocess(photographs, 64))
+        features = reference.get_image_features(preprocess(photographs, clip.side))
     features = features if isinstance(features, torch.Tensor) else features.pooler_output
     assert torch.allclose(nn.functional.normalize(features, dim=1), of_photographs, atol=1e-5)
 

@@ -7,7 +7,7 @@ The same command continues a run that was interrupted. A picture should lie near
 (arXiv 2103.00020), and near another picture of the same thing in another place, so that likeness tells things apart
 that no caption names. With u and v unit vectors and t a temperature that is learnt, the loss of a batch is
 
-    - mean_i ( sum_j true_ij log softmax_j(u_i . v_j / t) / sum_j true_ij ),  and the same with i and j exchanged
+    - 1/2 mean_i ( sum_j true_ij log softmax_j(u_i . v_j / t) / sum_j true_ij ),  and the same with i and j exchanged
 
 where true_ij says whether caption j is true of picture i: of several that are, each counts. Each thing of a batch has a
 twin there that differs in its marking alone, or colours would be enough to tell things apart.
@@ -22,25 +22,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tinydb import cli
 from tinydb.cli import choose_device, option
 from tinydb.clip import CLIPModel, normalize
 from tinydb.config import Checked, CLIPConfig, TextConfig, VisionConfig
-from tinydb.pictures import to_images
+from tinydb.pictures import to_images, to_pixels
+from tinydb.pipeline import load
 from tinydb.scores import CLIP
 from tinydb.storage import written_whole
 from tinydb.tokenizer import BOS, EOS, CLIPTokenizer
-from judge import UNKNOWN, sample_thing, soften
+from judge import UNKNOWN, redraw, sample_thing, soften
 from pretrain import by_all_cores, train
-from world import COLORS, MARKINGS, NOUNS, PATTERNS, PLACES, PREFIXES, compose, phrase, render, sample_scene
+from world import COLORS, MARKINGS, NOUNS, PATTERNS, PLACES, PREFIXES, SIZE, compose, phrase, render, sample_scene
 
-SIZE = 64  # pixels a side: larger pictures are made smaller
-VISION = VisionConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=4, num_attention_heads=3,
-                      image_size=SIZE, patch_size=8)
+VISION = VisionConfig(hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+                      image_size=SIZE, patch_size=16, hidden_act="gelu")
 TEXT = TextConfig(hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=3,
-                  max_position_embeddings=32)
+                  max_position_embeddings=32, hidden_act="gelu")
+REDRAWN_SHARE = 0.4  # of the pictures go through the autoencoder, to look like those that a model draws
 DIMENSIONS = 96
 UNNAMED = -1  # in place of the index of a value: the caption does not say
 NAMED_SHARE = 0.7  # how often a caption says a colour, a pattern, a place
@@ -52,8 +54,8 @@ class Settings(Checked):
 
     out: str = option("runs/pretrain-clip", "folder of pictures and checkpoints")
     result: str = option(str(Path(__file__).parent / "tiny-clip"), "CLIP folder to write at the end")
-    things: int = option(40_000, "things to draw, each in two places", least=2)
-    steps: int = option(3000, "steps of training", least=1)
+    things: int = option(20_000, "things to draw, each in two places", least=2)
+    steps: int = option(1000, "steps of training", least=1)
     batch: int = option(128, "things a step, in two pictures each", least=2)
     lr: float = option(2e-3, "learning rate", above=0)
     seed: int = option(0, "decides everything random", least=0)
@@ -72,20 +74,30 @@ def draw_twins(number: int, seed: int) -> tuple[np.ndarray, list[list[list[int]]
         for place in rng.choice(len(PLACES), 2, replace=False):
             if rng.random() < 0.3:  # it stays what it is with another hat
                 look = replace(look, topper=rng.choice([None, "red hat"]))
-            images.append(np.asarray(compose(scene.noun, look, PLACES[place], rng, SIZE)))
+            images.append(np.asarray(compose(scene.noun, look, PLACES[place], rng)))
             shown.append([NOUNS.index(scene.noun), color, list(MARKINGS).index(look.marking), int(place),
                           int(look.topper == "red hat")])
     return np.stack(images).reshape(2, 2, SIZE, SIZE, 3), [shown[:2], shown[2:]]
 
 
 def draw_things(count: int, seed: int, out: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures (count, 2, SIZE, SIZE, 3) and what they show (count, 2, 5), drawn by all cores and kept in OUT. Things
-    2 i and 2 i + 1 are twins."""
+    """Pictures (count, 2, SIZE, SIZE, 3) and what they show (count, 2, 5), drawn by all cores, made to look more like
+    those that a model draws, and kept in OUT. Things 2 i and 2 i + 1 are twins."""
     path = out / f"things-{seed}-{count}.npz"
     if not path.exists():
         images, shown = zip(*by_all_cores(partial(draw_twins, seed=seed), count // 2, "drawing things"))
+        images, shown = np.concatenate(images), np.concatenate(shown)
+        vae, rng = load(Path(__file__).parent / "tiny").vae, np.random.default_rng(seed)
+        flat = images.reshape(-1, SIZE, SIZE, 3)
+        for i in tqdm(range(0, len(flat), 64), "as a model draws them"):
+            pixels = to_pixels(flat[i : i + 64])
+            chosen = torch.from_numpy(rng.random(len(pixels)) < REDRAWN_SHARE)
+            if chosen.any():
+                pixels[chosen] = redraw(pixels[chosen], vae, rng)
+            pixels = soften(pixels, rng).clamp(-1, 1)
+            flat[i : i + 64] = ((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
         with written_whole(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, images=np.concatenate(images), shown=np.concatenate(shown))
+            np.savez(file, images=images, shown=shown)
     with np.load(path) as file:
         return file["images"], file["shown"]
 
@@ -117,7 +129,7 @@ def loss_of(model: nn.ModuleDict, clip: CLIP, images: np.ndarray, shown: np.ndar
     chosen = np.concatenate([2 * twins, 2 * twins + 1])
     pictures = torch.from_numpy(images[chosen]).flatten(0, 1).permute(0, 3, 1, 2)  # (2 * batch, 3, SIZE, SIZE)
     device = model["clip"].logit_scale.device
-    pixels = soften(pictures.to(device) / 127.5 - 1, rng).clamp(-1, 1)
+    pixels = pictures.to(device) / 127.5 - 1
     facts = shown[chosen].reshape(-1, 5)
     captions, said = zip(*(describe(each, rng) for each in facts))
     said = np.stack(said)

@@ -300,10 +300,11 @@ def read_single_file(src: Path, prediction: str | None) -> tuple[Description, di
     if not is_ours:
         said = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key")  # ComfyUI's
         yaml = src.with_suffix(".yaml")  # A1111's
-        if "v_pred" in stored or yaml.exists() and re.search(r"parameterization:\s*[\"']?v\b", read_text(yaml)):
+        is_v = r"(?m)^\s*parameterization:\s*[\"']?v\b"
+        if "v_pred" in stored or (yaml.exists() and re.search(is_v, read_text(yaml))):
             said = "v"
-        said = {"v": "v_prediction", "epsilon": "epsilon"}.get(said)
-        description = with_prediction(src, description, tensors, prediction or said)
+        known = {"v": "v_prediction", "epsilon": "epsilon"}
+        description = with_prediction(src, description, tensors, prediction or known.get(said))
     parts = {part: {} for part in PARTS}
     for part, model in models.items():
         state = model.state_dict()

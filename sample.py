@@ -19,7 +19,6 @@ import os
 import re
 from contextlib import nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -152,15 +151,16 @@ def check(settings: Settings, prompts: list[str]) -> None:
     home = existing_parent(out.absolute().parent if is_file else out)
     require(home.is_dir() and os.access(home, os.W_OK), f"--out {out}: {home} is no folder to write in")
     require(not (is_file and out.is_dir()), f"--out {out}: a folder; expected the name of a file")
-    numbers = range(settings.count) if is_file and settings.count > 1 else []
-    taken = [path for path in map(partial(numbered, out), numbers) if path.exists()]
-    require(not (settings.best and taken) or settings.among is not None,
+    numbers = range(settings.count) if is_file and settings.count > 1 and not settings.among else []
+    taken = [path for i in numbers if (path := numbered(out, i)).exists()]
+    require(not (settings.best and taken),
             f"--out {out}: --best would overwrite {', '.join(map(str, taken[:3]))}; give another name")
+    written = [out, *taken] if is_file and out.exists() else taken
     for flag, source in (("--init", settings.init), ("--from", settings.source), ("--among", settings.among)):
         require(source != "", f"{flag}: empty; expected a name, or leave it out")
-        written = [path for path in (out, *taken) if is_file and path.exists()]
-        require(not (source and Path(source).exists() and any(path.samefile(source) for path in written)),
-                f"--out {out}: would overwrite the picture of {flag}; give another name")
+        require(not (source and Path(source).exists()
+                     and any(path.samefile(source) or path.parent.samefile(source) for path in written)),
+                f"--out {out}: would overwrite a picture of {flag}; give another name")
 
 
 def newest_model() -> Path:
@@ -184,20 +184,21 @@ def with_model(settings: Settings) -> Settings:
 
 def learnt_on(files: list[str]) -> str:
     """The model folder with which the runs of LoRA files began; that in the box where none of them lies in a run."""
-    cure = f"give --weights MODEL --lora {','.join(files)}"
-    bases = {file: config_around(Path(file)).get("weights") for file in files}
-    bases = {file: base for file, base in bases.items() if base is not None} or {files[0]: str(TINY)}
-    for file, base in bases.items():
-        require(isinstance(base, str), f"{file}: the config.json of its run names no weights; {cure}")
-    first, base = next(iter(bases.items()))
-    require(len({Path(each).resolve() for each in bases.values()}) == 1,
+    cure, bases = f"give --weights MODEL --lora {','.join(files)}", {}
+    for file in files:
+        base = config_around(Path(file)).get("weights")
+        require(isinstance(base, str | None), f"{file}: the config.json of its run names no weights; {cure}")
+        if base is None:
+            continue
+        if not Path(base).is_dir():  # the model in the box of another clone is that of this one
+            about, box = read_lora(Path(file))[1], ModelInfo.read(TINY / "tinydb.json")
+            require(Path(base).parts[-2:] == TINY.parts[-2:] and about.get("base") == box.base,
+                    f"{file}: its run began with {base}, which is not there any more; {cure}")
+            base = str(TINY)
+        bases[Path(base).resolve()] = base
+    require(len(bases) <= 1,
             f"these LoRA files were learnt on different models, {' and '.join(bases.values())}; {cure}")
-    if Path(base).is_dir():
-        return base
-    about, box = read_lora(Path(first))[1], ModelInfo.read(TINY / "tinydb.json")
-    require(Path(base).parts[-2:] == TINY.parts[-2:] and about.get("base") == box.base,
-            f"{first}: its run began with {base}, which is not there any more; {cure}")
-    return str(TINY)  # another clone's, which is the same
+    return next(iter(bases.values()), str(TINY))
 
 
 def advise(sd: StableDiffusion, weights: Path, prompt: str, negative: str) -> None:
@@ -209,8 +210,9 @@ def advise(sd: StableDiffusion, weights: Path, prompt: str, negative: str) -> No
     written_out = prompt.replace(PLACEHOLDER, sd.identifier).lower()
     if noun and (sd.identifier.lower() not in written_out or noun.lower() not in written_out):
         say(f'"{prompt}" does not ask for your {noun}; write {PLACEHOLDER} {noun} for it')
-    if marked := re.search(r"<lora:[^>]*>|\([^()]*:[\d.]+\)", prompt):
-        say(f"{marked[0]} is read as words: weights in a prompt are A1111's; --lora and --lora-scale bring a LoRA")
+    if marked := re.search(r"<lora:[^>]*>|\([^()]*:(\d|\d*\.\d+)\)", prompt):
+        cure = "give the file with --lora" if marked[0].startswith("<") else "leave it out"
+        say(f"{marked[0]} is read as words, not as a weight, which it is to A1111; {cure}")
     for text in (prompt, negative):
         if dropped := sd.tokenizer.dropped(text.replace(PLACEHOLDER, sd.identifier)):
             say(f"the prompt is too long for the text encoder, which will not see: {dropped!r}")
@@ -268,7 +270,7 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings, cl
     steps = settings.steps_over_picture if init else settings.steps
     sampling = {f.name: getattr(settings, f.name) for f in fields(Sampling)}
     preview = out.with_name(f"{out.stem}-preview.png") if settings.out_is_file else out / "preview.png"
-    ranking = open_ranking(sd.info, clip, prompt, settings) if clip else None
+    ranking = open_ranking(weights, clip, prompt, settings) if clip else None
     files: list[list[Path]] = []  # of each picture: itself and, with --attention, its heat maps
     groups = [range(i, min(i + GROUP, settings.count)) for i in range(0, settings.count, GROUP)]
     with tqdm(total=steps * len(groups), desc="drawing", unit="step") as progress:
@@ -341,16 +343,19 @@ def description(sd: StableDiffusion, weights: Path, image: Image.Image, prompt: 
     return describe(prompt, settings.negative, sd.identifier, **about)
 
 
-def open_ranking(info: ModelInfo, clip: CLIP, prompt: str, settings: Settings) -> Ranking:
-    """What ranks pictures of a prompt, with the subject's own where the run that taught it still knows where they are;
-    `info` is the model's."""
-    prompt = re.sub(rf"(?<!\w){re.escape(info.identifier or DEFAULT_IDENTIFIER)}(?!\w)", PLACEHOLDER, prompt)
-    subject = []
-    for place in [*reversed(settings.loras), settings.weights] if PLACEHOLDER in prompt else []:
-        subject = subject or subject_pictures(Path(place), clip.side)
+def open_ranking(weights: Path, clip: CLIP, prompt: str, settings: Settings) -> Ranking:
+    """What ranks pictures of a prompt: by the prompt and, if it names the subject, by the pictures that the subject was
+    taught from, where they are still there."""
+    about, taught = ModelInfo.read(weights / "tinydb.json").to_dict(), settings.weights
+    for file in settings.loras:  # the last one that says so decides what [V] is
+        told = read_lora(Path(file))[1]
+        if told.get("class"):
+            about, taught = told, file
+    identifier = re.escape(about.get("identifier") or DEFAULT_IDENTIFIER)
+    prompt = re.sub(rf"(?<!\w){identifier}(?!\w)", PLACEHOLDER, prompt, flags=re.I)
+    subject = subject_pictures(Path(taught), clip.side) if PLACEHOLDER in prompt else []
     if PLACEHOLDER in prompt and not subject:
-        say(f"no run is known that taught {PLACEHOLDER} from pictures which are still there; only the rest of the "
-            "prompt is compared")
+        say(f"the pictures that {PLACEHOLDER} was taught from are not found; only the rest of the prompt is compared")
     return Ranking(clip, prompt, subject)
 
 
@@ -362,13 +367,13 @@ def scores_text(score: dict[str, float]) -> str:
 def is_sheet(path: Path) -> bool:
     """Whether a picture says that it is one of ours, but not how it was drawn: a grid, a preview, heat maps."""
     with suppress(OSError, Image.DecompressionBombError), Image.open(path, formats=["PNG"]) as image:
-        return "Steps:" not in image.info.get("parameters", "Steps:")
+        return not re.search(r'Steps:|"steps"', image.info.get("parameters", "Steps:"))
     return False
 
 
 def rank_folder(prompt: str, settings: Settings, weights: Path, clip: CLIP) -> None:
     """Print the pictures in the folder of --among and their scores, best first; the best come on a sheet."""
-    ranking = open_ranking(ModelInfo.read(weights / "tinydb.json"), clip, prompt, settings)
+    ranking = open_ranking(weights, clip, prompt, settings)
     pictures, remarks = read_pictures(Path(settings.among), max(clip.side, VISIBLE))
     sheets = [name for name in pictures if is_sheet(Path(settings.among, name))]
     remarks += [f"{name} is left out: a sheet of sample.py or train.py" for name in sheets]

@@ -157,6 +157,7 @@ def test_memory_that_is_full_and_no_docstring(monkeypatch, capsys, error):
         cli.run(fail, train.Settings, None, out_of_memory="Try --batch 1")
     error = capsys.readouterr().err
     assert end.value.code == 1 and error.endswith(". Try --batch 1\n") and error.count("\n") == 1
+    assert ": . " not in error  # something is said before that
 
 
 def broken(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):

@@ -277,10 +277,10 @@ def test_previews_of_steps_that_come_again_go(teach, begun, tmp_path):
     """And those of steps that do not: other rates may have led to them."""
     out = copied(begun, tmp_path)
     (out / "samples").mkdir()
-    for step in (1, 3):
-        Image.new("RGB", (8, 8)).save(out / "samples" / f"step-{step:06d}.png")
+    for name in ("step-000001.png", "step-000003.png", "step-000003 (1).png"):
+        Image.new("RGB", (8, 8)).save(out / "samples" / name)
     teach(out, steps=4, save_every=2, resume=True)
-    assert names(out / "samples") == ["step-000001.png"]
+    assert names(out / "samples") == ["step-000001.png", "step-000003 (1).png"]  # which somebody made
 
 
 def test_finished_run_that_goes_on_and_is_stopped_stands_for_its_checkpoint(teach, begun, tmp_path):
@@ -299,13 +299,14 @@ def test_scores_are_remembered(teach, small_clip, tmp_path, monkeypatch):
     assert files(out / "samples") == files(whole / "samples")
 
 
-def test_clip_that_moved_begins_to_score_anew(teach, small_clip, tmp_path):
+def test_clip_that_moved_begins_to_score_anew(teach, small_clip, tmp_path, capsys):
     """It is somewhere else, or another one, with whose scores the earlier ones cannot be compared."""
     clip = shutil.copytree(small_clip, tmp_path / "clip")
     out = teach(tmp_path / "out", steps=2, save_every=1, clip=str(clip))
     clip = clip.rename(tmp_path / "moved")
     teach(out, steps=3, save_every=1, clip=str(clip), resume=True)
     assert json.loads((out / "checkpoints" / "step-000003" / "state.json").read_text())["scores"].keys() == {"3"}
+    assert "scores begin anew" in capsys.readouterr().err
 
 
 def test_score_that_fails_ends_nothing(teach, small_clip, tmp_path, monkeypatch, capsys):
@@ -346,7 +347,7 @@ def test_checkpoint_that_cannot_be_deleted_ends_nothing(teach, tmp_path, monkeyp
 def test_steps_that_move_the_fall_of_the_rates_are_said(teach, tmp_path, capsys):
     out = teach(tmp_path / "out", steps=2, save_every=2, lr_decay=0.5)
     teach(out, steps=4, save_every=2, lr_decay=0.5, resume=True)
-    assert "--steps was 2 and is now 4: the rates fall at another time" in capsys.readouterr().err
+    assert "--steps was 2 and is now 4: the rates fall at other steps" in capsys.readouterr().err
 
 
 def test_weights_that_are_still_there_need_not_be_given_again(command, begun, whole, photos, tmp_path):
@@ -622,7 +623,7 @@ def test_two_runs_never_write_into_one_folder(nano, photos, tmp_path):
     first.process.kill()
     first.process.join()
     gone = first.process.pid
-    leftovers = [out / f".model.{HERE}.{gone}.tmp", out / "checkpoints" / f".step-000005.old.{HERE}.{gone}.tmp"]
+    leftovers = [out / f".model.{HERE}.{gone}.tmp", out / "checkpoints" / f".step-000005.{HERE}.old.{gone}.tmp"]
     for leftover in leftovers:
         (leftover / "unet").mkdir(parents=True)
     living = out / "class_images" / f".00000.png.{HERE}.{os.getpid()}.tmp"

@@ -272,10 +272,10 @@ def test_the_picture_that_is_drawn_from_is_not_overwritten(command, nano, tmp_pa
     before = (tmp_path / "cat.png").read_bytes()
     for out in ("cat.png", str(tmp_path / "cat.png")):
         code, _, error = command("sample.py", "a cat", "-n", "1", option, "./cat.png", "--out", out, *given)
-        assert code == 2 and f"--out {out}: would overwrite the picture of {option}" in error.splitlines()[-1]
+        assert code == 2 and f"--out {out}: would overwrite a picture of {option}" in error.splitlines()[-1]
     (tmp_path / "fox-1.png").write_bytes(before)
     code, _, error = command("sample.py", "a fox", "-n", "3", option, "fox-1.png", "--out", "fox.png", *given)
-    assert code == 2 and f"--out fox.png: would overwrite the picture of {option}" in error.splitlines()[-1]
+    assert code == 2 and f"--out fox.png: would overwrite a picture of {option}" in error.splitlines()[-1]
     assert {content for content in files(tmp_path).values()} == {before}
     (tmp_path / "fox-1.png").unlink()
     code, _, error = command("sample.py", "a cat", "-n", "1", option, "cat.png", "--out", "dog.png", *given)
@@ -301,7 +301,8 @@ def test_empty_name_is_refused(command, nano, option):
 
 
 @pytest.mark.parametrize("prompt, marked", [
-    ("a (red:1.3) dog", "(red:1.3)"), ("a dog <lora:style:0.8>", "<lora:style:0.8>"), ("a dog (a red one)", None)])
+    ("a (red:1.3) dog", "(red:1.3)"),
+    ("a dog (at 10:30)", None), ("a dog <lora:style:0.8>", "<lora:style:0.8>"), ("a dog (a red one)", None)])
 def test_weights_of_another_program_in_a_prompt_are_words(draw, capsys, prompt, marked):
     draw(prompt)
     assert ("is read as words" in (error := capsys.readouterr().err)) == bool(marked) and (marked or "") in error

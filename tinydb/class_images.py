@@ -123,9 +123,9 @@ class ClassImages:
         return own + [fit(open_picture(path), self.sd.resolution) for path in paths]
 
     def draw(self, paths: list[Path], dtype: torch.dtype, rank: int, world_size: int, stop: StopSignal) -> None:
-        """Draw those of `paths` that are missing or damaged. Groups of consecutive pictures go to the ranks in turn, so
-        the files are the same for any number of ranks."""
-        groups = [range(i, i + GROUP) for i in range(0, len(paths), GROUP)][rank::world_size]  # whole, also the last
+        """Draw those of `paths` that are missing or damaged. Groups of consecutive pictures go to the ranks in turn,
+        and each is drawn whole, so the files are the same for any number of ranks and of pictures."""
+        groups = [range(i, i + GROUP) for i in range(0, len(paths), GROUP)][rank::world_size]
         missing = {i for group in groups for i in group if i < len(paths) and not is_picture(paths[i])}
         groups = [group for group in groups if not missing.isdisjoint(group)]
         sd, recipe = self.sd, self.sd.info.recipe
@@ -143,7 +143,7 @@ class ClassImages:
             images = sd.generate(prompts, steps=recipe.class_steps, sampler=recipe.class_sampler,
                                  guidance_scale=recipe.class_guidance, guidance_stop=1.0, seed=seeds[0])
             for i, image, prompt, seed in zip(group, images, prompts, seeds):
-                if i not in missing:  # another run may have begun with the one that is there
+                if i not in missing:  # beyond the last, or there already: a run may have begun with it
                     continue
                 about = describe(prompt, "", self.sd.identifier, Steps=recipe.class_steps,
                                  Sampler=SAMPLERS[recipe.class_sampler].name, Seed=seed,

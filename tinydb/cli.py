@@ -236,7 +236,7 @@ def run(main: Callable[[Any], None], settings_class: type, doc: str | None, *, o
             parser.fail(2, f"{error.filename}: {error.strerror}")
         parser.fail(1, f"{error}{after_failure}")
     except MemoryError as error:  # NumPy's and Pillow's
-        parser.fail(1, f"{error or 'no memory is left'}. {out_of_memory}")
+        parser.fail(1, f"{str(error) or 'no memory is left'}. {out_of_memory}")
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

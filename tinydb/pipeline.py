@@ -225,7 +225,7 @@ class StableDiffusion:
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = torch.float32) -> None:
         """Write the model folder, which diffusers opens as well; it appears whole or not at all. `dtype` None leaves
-        each tensor as it is. InputError where the folder holds anything but a model."""
+        each tensor as it is. InputError where the folder has files in it, but no model_index.json."""
         check_replaceable(Path(folder), "model_index.json")
         with written_whole(Path(folder)) as path:
             self.write(path, dtype)

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from tinydb.config import read_json
-from tinydb.storage import LORA_FILE, checkpoints, step_of, written_whole
+from tinydb.storage import LORA_FILE, by_step, checkpoints, step_of, written_whole
 from tinydb.tokenizer import PLACEHOLDER
 
 PREVIEWS = 12  # at most on the page: one of Stable Diffusion's size is 2 MB
@@ -128,7 +128,7 @@ def parameters(path: Path) -> str:
 def previews(folder: Path, done: int) -> str:
     """The grids in `folder`, a row for each step and a column for each prompt; not those that a resumed run draws
     again. Of many, every second, third, ... from the newest."""
-    drawn = sorted((path for path in folder.glob("step-*.png") if step_of(path) <= done), key=step_of, reverse=True)
+    drawn = [path for path in by_step(folder) if step_of(path) <= done][::-1]
     if not drawn:
         return '<p class="note">None yet; --sample-every N draws them.</p>'
     prompts = parameters(drawn[0]).split(" | ")

@@ -28,7 +28,8 @@ from tinydb.lora_files import read_lora
 from tinydb.pictures import MOST_SHOWN, grid, save_png
 from tinydb.pipeline import StableDiffusion
 from tinydb.report import sample_command, write_report
-from tinydb.storage import LORA_FILE, check_free_disk, checkpoints, lock, remove, step_of, sweep, written_whole
+from tinydb.storage import (LORA_FILE, by_step, check_free_disk, checkpoints, lock, remove, step_of, sweep,
+                            written_whole)
 from tinydb.tokenizer import PLACEHOLDER
 
 CAUSES = {  # what a fact stands for that a person knows by another name
@@ -151,9 +152,13 @@ class Run:
         if settings.resume:
             noted = read_json(config)
             self.check_same(settings, facts, noted)
-            if settings.lr_decay and noted["steps"] != settings.steps:
-                say(f"--steps was {noted['steps']} and is now {settings.steps}: the rates fall at another time than "
-                    "they did, so the result is not quite that of one run")
+            planned = noted.get("steps", settings.steps)
+            if settings.lr_decay and planned != settings.steps:
+                say(f"--steps was {planned} and is now {settings.steps}: the rates fall at other steps than planned, "
+                    "so the result is not that of one run")
+            if noted.get("clip") != settings.clip:
+                say(f"--clip was {noted.get('clip')} and is now {settings.clip}: scores begin anew, so no checkpoint "
+                    "is recommended, and the best one so far is not kept")
             done = step_of(saved[-1]) if saved else 0
             require(done <= settings.steps,
                     f"--steps {settings.steps}: the run in {self.out} is at step {done} already; give more")
@@ -214,7 +219,8 @@ class Run:
         """The state of a checkpoint; InputError where it is not whole, or of other class images than the state `now`
         (an older run does not say, and has no scores)."""
         stored = read_json(checkpoint / "state.json")
-        state = now | {name: value for name, value in stored.items() if name in now}
+        before = {"clip": read_json(self.out / "config.json").get("clip")}  # an older state does not say
+        state = now | before | {name: value for name, value in stored.items() if name in now}
         if state["clip"] != now["clip"]:  # scores of another CLIP cannot be compared
             state |= {"scores": {}, "clip": now["clip"]}
         numbers, scores = state["scaler"], state["scores"]
@@ -258,7 +264,7 @@ class Run:
         self.track = open_tracker(self.out, settings, step)
         if step:
             say(f"going on from step {step}")
-        for preview in (self.out / "samples").glob("step-*.png"):
+        for preview in by_step(self.out / "samples"):
             if step == 0 or step_of(preview) > step:  # it will be drawn again, or never
                 remove(preview)
         if step < settings.steps:  # a result of fewer steps goes: the checkpoint that was read knows as much
@@ -318,7 +324,7 @@ def check_processes(device: torch.device, world_size: int) -> None:
     require(device.type != "mps",
             f"--device mps for {world_size} processes: it cannot add up gradients; start one, without torchrun")
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    require(not missing, f"WORLD_SIZE is {world_size} without {' and '.join(missing)}, so no torchrun started this "
+    require(not missing, f"WORLD_SIZE is {world_size}, but {', '.join(missing)} not set: no torchrun started this "
                          "process; use it, or unset WORLD_SIZE")
 
 

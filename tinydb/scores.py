@@ -54,7 +54,7 @@ class CLIP:
 
     def save(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a folder that transformers' CLIPModel, CLIPTokenizer and CLIPImageProcessor open as well; `dtype` None
-        leaves each tensor as it is. InputError where the folder holds anything but a CLIP."""
+        leaves each tensor as it is. InputError where the folder has files in it that are no CLIP."""
         check_replaceable(Path(folder), *PROCESSORS)
         with written_whole(Path(folder)) as path:
             self.tokenizer.save(path)
@@ -81,7 +81,8 @@ def load_clip(folder: str | Path, device: torch.device | str = "cpu", dtype: tor
 
 
 def build_clip(folder: Path, config: CLIPConfig, tensors: dict[str, Tensor]) -> CLIP:
-    """The CLIP of `tensors`, in their own precision, with the tokenizer in `folder`."""
+    """The CLIP of `tensors`, in their own precision, with the tokenizer in `folder`. InputError where that says that
+    pictures are prepared in another way than `preprocess` does."""
     side = config.vision_config.image_size
     ours = {"image_mean": [[*MEAN]], "image_std": [[*STD]], "resample": [3], "do_center_crop": [True],
             "size": [side, {"shortest_edge": side}], "crop_size": [side, {"height": side, "width": side}]}
@@ -91,7 +92,8 @@ def build_clip(folder: Path, config: CLIPConfig, tensors: dict[str, Tensor]) -> 
         require(isinstance(settings, dict), f"{path}: image_processor: expected an object of settings")
         for name, usual in ours.items():
             value = settings.get(name, usual[0])
-            require(value in usual, f"{path}: {name} {value!r} is not supported, only OpenAI's {usual[0]!r}")
+            require(value in usual, f"{path}: {name} {value!r} is not supported, only {usual[0]!r}; give a CLIP whose "
+                                    "pictures are prepared as OpenAI's are")
     tokenizer, text = CLIPTokenizer.read(folder), config.text_config
     require(tokenizer.max_length <= text.max_position_embeddings
             and tokenizer.vocab[EOS] == max(tokenizer.vocab.values()) < text.vocab_size,

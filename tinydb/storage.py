@@ -232,7 +232,7 @@ def flush(path: Path) -> None:
 def remove(path: Path) -> None:
     """Delete a file or a folder, if it is there; a folder loses its name first, so that nobody ever sees half of it."""
     if path.is_dir():
-        nameless = path.with_name(f".{path.name}.old.{HERE}.{os.getpid()}.tmp")
+        nameless = path.with_name(f".{path.name}.{HERE}.old.{os.getpid()}.tmp")
         if nameless.exists():  # what a killed run of this number left
             shutil.rmtree(nameless)
         os.replace(path, nameless)
@@ -242,8 +242,8 @@ def remove(path: Path) -> None:
 
 
 def check_replaceable(folder: Path, *marks: str) -> None:
-    """InputError where a folder has something in it, and none of the files that say it is of the kind to be written."""
-    require(not folder.is_dir() or any((folder / mark).exists() for mark in marks) or not any(folder.iterdir()),
+    """InputError where a folder has files in it, hidden ones aside, and none of those that mark its kind."""
+    require(not any(folder.glob("[!.]*")) or any((folder / mark).exists() for mark in marks),
             f"{folder}: a folder with other files, which would be lost; give another name")
 
 
@@ -267,8 +267,12 @@ def step_of(path: Path) -> int:
 
 def checkpoints(out: Path) -> list[Path]:
     """The whole checkpoints in a run's folder, oldest first; other names there are somebody else's."""
-    names = (out / "checkpoints").glob("step-*")
-    return sorted((path for path in names if re.fullmatch(r"step-\d{6,}", path.name)), key=step_of)
+    return by_step(out / "checkpoints", r"step-\d{6,}")
+
+
+def by_step(folder: Path, pattern: str = r"step-\d{6,}\.png") -> list[Path]:
+    """What lies in a folder under such names, oldest first: a run's previews, unless another pattern is given."""
+    return sorted((path for path in folder.glob("step-*") if re.fullmatch(pattern, path.name)), key=step_of)
 
 
 def newest_state(folder: Path) -> Path:

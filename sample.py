@@ -195,7 +195,7 @@ def learnt_on(files: list[str]) -> str:
             require(Path(base).parts[-2:] == TINY.parts[-2:] and about.get("base") == box.base,
                     f"{file}: its run began with {base}, which is not there any more; {cure}")
             base = str(TINY)
-        bases[Path(base).resolve()] = base
+        bases.setdefault(Path(base).resolve(), base)
     require(len(bases) <= 1,
             f"these LoRA files were learnt on different models, {' and '.join(bases.values())}; {cure}")
     return next(iter(bases.values()), str(TINY))

@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, TEXT, UNET, VAE, difference, edit_json, edit_tensors, files, names, refusal
 from PIL import Image, ImageOps
 from processes import limit_file_size, start
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sample

@@ -132,7 +132,7 @@ class Scorer:
         return scores.get(str(step), {})
 
     def best_step(self, scores: dict[str, Score], run: Run) -> int | None:
-        """The last of the run's checkpoints whose learnt^5 kept comes within 3 % of the largest (less is noise), as a
+        """The last of the run's checkpoints whose learnt^5 kept comes within 6 % of the largest (less is noise), as a
         step; None where there is no choice:
 
             learnt = how much more similar its pictures are to the subject's than those of step 0, before training
@@ -148,7 +148,7 @@ class Scorer:
         merits = {step: max(score["likeness"] - before, 0) ** 5 * max(score["prompt"] - self.own_fit, 0)
                   for step, score in after.items()}
         largest = max(merits.values())
-        return max(step for step, merit in merits.items() if merit >= 0.97 * largest)
+        return max(step for step, merit in merits.items() if merit >= 0.94 * largest)
 
     def advice(self, scores: dict[str, Score], run: Run, last: int) -> str:
         """What to say after the `last` step of a run: the best one, where it is another, and how to sample it."""

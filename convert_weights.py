@@ -298,13 +298,8 @@ def read_single_file(src: Path, prediction: str | None) -> tuple[Description, di
     check_tensors(tensors, {name: tensor.shape for name, tensor in to_single_file(models).items()}, src)
     print(f"{src}: {len(tensors)} tensors, {dropped} more are no weights and dropped")
     if not is_ours:
-        said = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key")  # ComfyUI's
-        yaml = src.with_suffix(".yaml")  # A1111's
-        is_v = r"(?m)^\s*parameterization:\s*[\"']?v\b"
-        if "v_pred" in stored or (yaml.exists() and re.search(is_v, read_text(yaml))):
-            said = "v"
-        known = {"v": "v_prediction", "epsilon": "epsilon"}
-        description = with_prediction(src, description, tensors, prediction or known.get(said))
+        prediction = prediction or noted_prediction(src, stored, metadata)
+        description = with_prediction(src, description, tensors, prediction)
     parts = {part: {} for part in PARTS}
     for part, model in models.items():
         state = model.state_dict()
@@ -355,6 +350,15 @@ def recognise(src: Path, tensors: dict[str, Tensor]) -> Description:
     require(context in kinds, f"{src}: its UNet attends to {context} channels, Stable Diffusion 1.x and 2.x to "
                               f"{' and '.join(map(str, kinds))}; this is another model")
     return kinds[context]
+
+
+def noted_prediction(src: Path, stored: dict[str, Tensor], metadata: dict[str, str]) -> str | None:
+    """What the UNet in a file predicts, where the file or a .yaml beside it, which A1111 asks for, says it."""
+    yaml, is_v = src.with_suffix(".yaml"), r"(?m)^\s*parameterization:\s*[\"']?v\b"
+    if "v_pred" in stored or (yaml.exists() and re.search(is_v, read_text(yaml))):
+        return "v_prediction"
+    noted = metadata.get("modelspec.prediction_type") or metadata.get("modelspec.predict_key")  # ComfyUI's
+    return {"v": "v_prediction", "epsilon": "epsilon"}.get(noted)
 
 
 def with_prediction(src: Path, kind: Description, tensors: dict[str, Tensor], prediction: str | None) -> Description:

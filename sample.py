@@ -37,7 +37,7 @@ from tinydb.pictures import (MOST_SHOWN, VISIBLE, describe, grid, no_picture_in,
 from tinydb.pipeline import DEFAULT_IDENTIFIER, LAST_SEED, Sampling, StableDiffusion
 from tinydb.prompts import read_lines
 from tinydb.run import config_around
-from tinydb.scores import CLIP, NO_CLIP, Ranking, choose_clip, subject_pictures
+from tinydb.scores import NO_CLIP, Ranking, choose_clip, subject_pictures
 from tinydb.storage import BOX, LORA_FILE, existing_parent, model_folder, newest_state
 from tinydb.tokenizer import PLACEHOLDER
 
@@ -103,13 +103,13 @@ def settings_in_picture(given: Settings) -> dict[str, object]:
             prompt, negative, described = read_description(image)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"--from {given.source}: {error}; expected a PNG that sample.py or A1111 wrote") from None
-    samplers = {each.name: key for key, each in SAMPLERS.items()}
+    samplers, own_model = {each.name: key for key, each in SAMPLERS.items()}, given.weights is None
     here = {"Sampler": described.get("Sampler") in samplers, "RNG": described.get("RNG") == "CPU",
             "Precision": described.get("Precision") in ("fp32", "bf16", "fp16"),
             "CLIP text": True, "CLIP image": True,  # scores, which say nothing of how to draw
             "Eta DDIM": described.get("Eta DDIM") == "0.0",  # in our older pictures: no fresh noise, as now
             "Model": Path(described.get("Model", "")).is_dir(),
-            **dict.fromkeys(("Lora", "Lora scale"), given.weights is None)}  # they belong to the picture's own model
+            "Lora": own_model, "Lora scale": own_model}
     foreign = [name for name in described if not here.get(name, name in DESCRIBED)]
     if foreign:
         left = ", ".join(f"{name} {described[name][:40]}" for name in foreign)
@@ -152,15 +152,15 @@ def check(settings: Settings, prompts: list[str]) -> None:
     require(home.is_dir() and os.access(home, os.W_OK), f"--out {out}: {home} is no folder to write in")
     require(not (is_file and out.is_dir()), f"--out {out}: a folder; expected the name of a file")
     numbers = range(settings.count) if is_file and settings.count > 1 and not settings.among else []
-    taken = [path for i in numbers if (path := numbered(out, i)).exists()]
+    taken = [path for path in [numbered(out, i) for i in numbers] if path.exists()]
     require(not (settings.best and taken),
             f"--out {out}: --best would overwrite {', '.join(map(str, taken[:3]))}; give another name")
     written = [out, *taken] if is_file and out.exists() else taken
     for flag, source in (("--init", settings.init), ("--from", settings.source), ("--among", settings.among)):
         require(source != "", f"{flag}: empty; expected a name, or leave it out")
-        require(not (source and Path(source).exists()
-                     and any(path.samefile(source) or path.parent.samefile(source) for path in written)),
-                f"--out {out}: would overwrite a picture of {flag}; give another name")
+        if source and Path(source).exists():
+            lost = [path for path in written if path.samefile(source) or path.parent.samefile(source)]
+            require(not lost, f"--out {out}: would overwrite a picture of {flag}; give another name")
 
 
 def newest_model() -> Path:
@@ -178,7 +178,8 @@ def with_model(settings: Settings) -> Settings:
     weights = newest_state(Path(settings.weights or newest_model()))
     if (weights / "model_index.json").exists() or not (weights / LORA_FILE).exists():
         return replace(settings, weights=str(weights))
-    files = [*{Path(file).resolve(): file for file in (str(weights / LORA_FILE), *files)}.values()]  # each once
+    by_place = {Path(file).resolve(): file for file in (str(weights / LORA_FILE), *files)}  # each file once
+    files = list(by_place.values())
     return replace(settings, weights=learnt_on(files), lora=",".join(files))
 
 
@@ -262,15 +263,15 @@ def save(image: Image.Image, path: Path, about: str, quiet: bool = False) -> Pat
     return path
 
 
-def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings, clip: CLIP | None) -> list[Path]:
-    """Draw the pictures of one prompt; each is on the disk before the next ones are begun. With a `clip`, the best of
-    them stay. Returns where they are."""
+def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings,
+         ranking: Ranking | None) -> list[Path]:
+    """Draw the pictures of one prompt; each is on the disk before the next ones are begun. With a `ranking`, the best
+    of them stay. Returns where they are."""
     settings, out = sd.with_recipe(settings), Path(settings.out)
     init = picture_to_draw_over(sd, settings) if settings.init else None
     steps = settings.steps_over_picture if init else settings.steps
     sampling = {f.name: getattr(settings, f.name) for f in fields(Sampling)}
     preview = out.with_name(f"{out.stem}-preview.png") if settings.out_is_file else out / "preview.png"
-    ranking = open_ranking(weights, clip, prompt, settings) if clip else None
     files: list[list[Path]] = []  # of each picture: itself and, with --attention, its heat maps
     groups = [range(i, min(i + GROUP, settings.count)) for i in range(0, settings.count, GROUP)]
     with tqdm(total=steps * len(groups), desc="drawing", unit="step") as progress:
@@ -343,20 +344,25 @@ def description(sd: StableDiffusion, weights: Path, image: Image.Image, prompt: 
     return describe(prompt, settings.negative, sd.identifier, **about)
 
 
-def open_ranking(weights: Path, clip: CLIP, prompt: str, settings: Settings) -> Ranking:
-    """What ranks pictures of a prompt: by the prompt and, if it names the subject, by the pictures that the subject was
-    taught from, where they are still there."""
-    about, taught = ModelInfo.read(weights / "tinydb.json").to_dict(), settings.weights
+def open_rankings(weights: Path, prompts: list[str], settings: Settings) -> list[Ranking]:
+    """What ranks pictures of each prompt: by the prompt and, if it names the subject, by the pictures that the subject
+    was taught from, where they are still there."""
+    require((weights / "model_index.json").exists(), f"{weights}: not a model folder; give another --weights")
+    info = ModelInfo.read(weights / "tinydb.json")
+    clip = choose_clip(settings.clip, info.base)
+    require(clip is not None, f"{'--among' if settings.among else '--best'}: {NO_CLIP}")
+    about, taught = info.to_dict(), settings.weights
     for file in settings.loras:  # the last one that says so decides what [V] is
         told = read_lora(Path(file))[1]
         if told.get("class"):
             about, taught = told, file
-    identifier = re.escape(about.get("identifier") or DEFAULT_IDENTIFIER)
-    prompt = re.sub(rf"(?<!\w){identifier}(?!\w)", PLACEHOLDER, prompt, flags=re.I)
-    subject = subject_pictures(Path(taught), clip.side) if PLACEHOLDER in prompt else []
-    if PLACEHOLDER in prompt and not subject:
+    word = re.escape(about.get("identifier") or DEFAULT_IDENTIFIER)
+    prompts = [re.sub(rf"(?<!\w){word}(?!\w)", PLACEHOLDER, prompt, flags=re.I) for prompt in prompts]
+    asked = any(PLACEHOLDER in prompt for prompt in prompts)
+    subject = subject_pictures(Path(taught), clip.side) if asked else []
+    if asked and not subject:
         say(f"the pictures that {PLACEHOLDER} was taught from are not found; only the rest of the prompt is compared")
-    return Ranking(clip, prompt, subject)
+    return [Ranking(clip, prompt, subject if PLACEHOLDER in prompt else []) for prompt in prompts]
 
 
 def scores_text(score: dict[str, float]) -> str:
@@ -367,14 +373,14 @@ def scores_text(score: dict[str, float]) -> str:
 def is_sheet(path: Path) -> bool:
     """Whether a picture says that it is one of ours, but not how it was drawn: a grid, a preview, heat maps."""
     with suppress(OSError, Image.DecompressionBombError), Image.open(path, formats=["PNG"]) as image:
-        return not re.search(r'Steps:|"steps"', image.info.get("parameters", "Steps:"))
+        text = image.info.get("parameters")
+        return text is not None and re.search(r'Steps:|"steps"', text) is None  # SwarmUI's is JSON
     return False
 
 
-def rank_folder(prompt: str, settings: Settings, weights: Path, clip: CLIP) -> None:
+def rank_folder(prompt: str, settings: Settings, ranking: Ranking) -> None:
     """Print the pictures in the folder of --among and their scores, best first; the best come on a sheet."""
-    ranking = open_ranking(weights, clip, prompt, settings)
-    pictures, remarks = read_pictures(Path(settings.among), max(clip.side, VISIBLE))
+    pictures, remarks = read_pictures(Path(settings.among), max(ranking.clip.side, VISIBLE))
     sheets = [name for name in pictures if is_sheet(Path(settings.among, name))]
     remarks += [f"{name} is left out: a sheet of sample.py or train.py" for name in sheets]
     pictures = {name: picture for name, picture in pictures.items() if name not in sheets}
@@ -397,14 +403,10 @@ def main(settings: Settings) -> None:
     check(settings, prompts)
     settings = with_model(replace(settings, negative=settings.negative.replace("[v]", PLACEHOLDER)))
     weights = model_folder(settings.weights)
-    clip = None
-    if settings.among or settings.best:
-        require((weights / "model_index.json").exists(), f"{weights}: not a model folder; give another --weights")
-        clip = choose_clip(settings.clip, ModelInfo.read(weights / "tinydb.json").base)
-        require(clip is not None, f"{'--among' if settings.among else '--best'}: {NO_CLIP}")
+    rankings = open_rankings(weights, prompts, settings) if settings.among or settings.best else [None] * len(prompts)
     if settings.among:
-        for prompt in prompts:
-            rank_folder(prompt, settings, weights, clip)
+        for prompt, ranking in zip(prompts, rankings):
+            rank_folder(prompt, settings, ranking)
         return
     device = choose_device(settings.device)
     sd = tinydb.load(weights, device, choose_dtype(settings.precision, device))
@@ -413,9 +415,9 @@ def main(settings: Settings) -> None:
     subject = f"{PLACEHOLDER} is a {sd.info.class_noun}" if sd.info.class_noun else "not taught a subject yet"
     say(f"{' + '.join([str(weights), *settings.loras])} on {device}, {subject}")
     rows = []
-    for prompt in prompts:
+    for prompt, ranking in zip(prompts, rankings):
         advise(sd, weights, prompt, settings.negative)
-        rows.append(draw(sd, weights, prompt, settings, clip))
+        rows.append(draw(sd, weights, prompt, settings, ranking))
     count = len(rows[0])
     if 1 < len(prompts) <= SERIES and count <= SERIES:
         captions = [caption for prompt in prompts for caption in [prompt] + [""] * (count - 1)]

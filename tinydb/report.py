@@ -128,7 +128,7 @@ def parameters(path: Path) -> str:
 def previews(folder: Path, done: int) -> str:
     """The grids in `folder`, a row for each step and a column for each prompt; not those that a resumed run draws
     again. Of many, every second, third, ... from the newest."""
-    drawn = [path for path in by_step(folder) if step_of(path) <= done][::-1]
+    drawn = [path for path in by_step(folder, ".png") if step_of(path) <= done][::-1]
     if not drawn:
         return '<p class="note">None yet; --sample-every N draws them.</p>'
     prompts = parameters(drawn[0]).split(" | ")
@@ -161,12 +161,13 @@ def plot(title: str, metrics: list[dict[str, float]], steps: int) -> str:
             line = " ".join(f"{step},{-value:.4g}" for step, value in curve)
             curves.append(f'<polyline class="{kind}" stroke="var(--{name})" points="{line}"/>')
         legend.append(f'<b style="color: var(--{name})">{name.replace("_", " ")} {mean[-1][1]:.3g}</b>')
-        values = [value for _, value in mean]  # single steps may lie outside
-        top, bottom = max(top, 1.1 * max(values)), min(bottom, 1.1 * min(values))
+        means = [value for _, value in mean]  # single steps may lie outside
+        top, bottom = max(top, 1.1 * max(means)), min(bottom, 1.1 * min(means))
     if not curves:
         return ""
-    values = [bottom + (top - bottom) * i / 4 for i in range(5)]
-    levels = [f'<text class="level" x="-40" y="{100 - 25 * i}%">{value:.2g}</text>' for i, value in enumerate(values)]
+    heights = [bottom + (top - bottom) * i / 4 for i in range(5)]
+    levels = [f'<text class="level" x="-40" y="{100 - 25 * i}%">{height:.2g}</text>'
+              for i, height in enumerate(heights)]
     marks = [f'<text class="level" x="{25 * i}%" y="100%" dy="20">{steps * i / 4:g}</text>' for i in range(5)]
     return "\n".join([
         f"<h2>{title}</h2>", f'<p>{", ".join(legend)}</p>',

@@ -91,8 +91,10 @@ def earlier_options(settings_class: type, given: Any) -> dict[str, Any]:
     if not (given.resume or in_file.get("resume")) or not config.exists():
         return in_file
     noted = options_in_file(settings_class, str(config))
-    moved = {"out"} if Path(str(noted.get("weights"))).is_dir() else {"out", "weights"}
-    return {name: value for name, value in noted.items() if name not in moved} | in_file
+    left_out = ["out"]  # the folder may have been moved since, and so may the model
+    if not Path(str(noted.get("weights"))).is_dir():
+        left_out.append("weights")
+    return {name: value for name, value in noted.items() if name not in left_out} | in_file
 
 
 class Run:
@@ -152,13 +154,7 @@ class Run:
         if settings.resume:
             noted = read_json(config)
             self.check_same(settings, facts, noted)
-            planned = noted.get("steps", settings.steps)
-            if settings.lr_decay and planned != settings.steps:
-                say(f"--steps was {planned} and is now {settings.steps}: the rates fall at other steps than planned, "
-                    "so the result is not that of one run")
-            if noted.get("clip") != settings.clip:
-                say(f"--clip was {noted.get('clip')} and is now {settings.clip}: scores begin anew, so no checkpoint "
-                    "is recommended, and the best one so far is not kept")
+            self.say_changes(settings, noted)
             done = step_of(saved[-1]) if saved else 0
             require(done <= settings.steps,
                     f"--steps {settings.steps}: the run in {self.out} is at step {done} already; give more")
@@ -193,6 +189,16 @@ class Run:
         for name, then, now in pairs:
             require(then == now, f"--resume: {name} was {then!r} and is now {now!r}{CAUSES.get(name, '')}; give what "
                                  "it was, or another --out")
+
+    def say_changes(self, settings: Any, noted: dict[str, Any]) -> None:
+        """What it means that a resumed run differs from what was `noted` in settings that may differ."""
+        planned = noted.get("steps", settings.steps)
+        if settings.lr_decay and planned != settings.steps:
+            say(f"--steps was {planned} and is now {settings.steps}: the rates fall at other steps than planned, "
+                "so the result is not that of one run")
+        if noted.get("clip") != settings.clip:
+            say(f"--clip was {noted.get('clip')} and is now {settings.clip}: scores begin anew, so no checkpoint is "
+                "recommended, and the best one so far is not kept")
 
     def check_disk(self, sd: StableDiffusion, settings: Any) -> None:
         """InputError where the disk cannot hold the checkpoints, each of them the weights and two moments of each in
@@ -264,7 +270,7 @@ class Run:
         self.track = open_tracker(self.out, settings, step)
         if step:
             say(f"going on from step {step}")
-        for preview in by_step(self.out / "samples"):
+        for preview in by_step(self.out / "samples", ".png"):
             if step == 0 or step_of(preview) > step:  # it will be drawn again, or never
                 remove(preview)
         if step < settings.steps:  # a result of fewer steps goes: the checkpoint that was read knows as much

@@ -81,24 +81,28 @@ def load_clip(folder: str | Path, device: torch.device | str = "cpu", dtype: tor
 
 
 def build_clip(folder: Path, config: CLIPConfig, tensors: dict[str, Tensor]) -> CLIP:
-    """The CLIP of `tensors`, in their own precision, with the tokenizer in `folder`. InputError where that says that
-    pictures are prepared in another way than `preprocess` does."""
-    side = config.vision_config.image_size
+    """The CLIP of `tensors`, in their own precision, with the tokenizer in `folder`."""
+    check_preprocessing(folder, config.vision_config.image_size)
+    tokenizer, text = CLIPTokenizer.read(folder), config.text_config
+    require(tokenizer.max_length <= text.max_position_embeddings
+            and tokenizer.vocab[EOS] == max(tokenizer.vocab.values()) < text.vocab_size,
+            f"{folder}: tokenizer and text encoder do not fit; copy both from one CLIP")
+    return CLIP(build_model(CLIPModel, config, "clip", tensors, folder), tokenizer)
+
+
+def check_preprocessing(folder: Path, side: int) -> None:
+    """InputError where the files of a CLIP whose pictures have `side` pixels say that they are prepared in another way
+    than `preprocess` does."""
     ours = {"image_mean": [[*MEAN]], "image_std": [[*STD]], "resample": [3], "do_center_crop": [True],
             "size": [side, {"shortest_edge": side}], "crop_size": [side, {"height": side, "width": side}]}
     for path in (folder / name for name in PROCESSORS if (folder / name).exists()):
         settings = read_json(path)
         settings = settings.get("image_processor", settings)
         require(isinstance(settings, dict), f"{path}: image_processor: expected an object of settings")
-        for name, usual in ours.items():
+        for name, usual in ours.items():  # a setting, and the ways to write ours
             value = settings.get(name, usual[0])
             require(value in usual, f"{path}: {name} {value!r} is not supported, only {usual[0]!r}; give a CLIP whose "
                                     "pictures are prepared as OpenAI's are")
-    tokenizer, text = CLIPTokenizer.read(folder), config.text_config
-    require(tokenizer.max_length <= text.max_position_embeddings
-            and tokenizer.vocab[EOS] == max(tokenizer.vocab.values()) < text.vocab_size,
-            f"{folder}: tokenizer and text encoder do not fit; copy both from one CLIP")
-    return CLIP(build_model(CLIPModel, config, "clip", tensors, folder), tokenizer)
 
 
 class Scorer:

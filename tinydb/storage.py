@@ -267,11 +267,12 @@ def step_of(path: Path) -> int:
 
 def checkpoints(out: Path) -> list[Path]:
     """The whole checkpoints in a run's folder, oldest first; other names there are somebody else's."""
-    return by_step(out / "checkpoints", r"step-\d{6,}")
+    return by_step(out / "checkpoints", "")
 
 
-def by_step(folder: Path, pattern: str = r"step-\d{6,}\.png") -> list[Path]:
-    """What lies in a folder under such names, oldest first: a run's previews, unless another pattern is given."""
+def by_step(folder: Path, suffix: str) -> list[Path]:
+    """What a run put into a folder, oldest first: its checkpoints have no suffix, its previews ".png"."""
+    pattern = r"step-\d{6,}" + re.escape(suffix)
     return sorted((path for path in folder.glob("step-*") if re.fullmatch(pattern, path.name)), key=step_of)
 
 

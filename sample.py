@@ -263,8 +263,7 @@ def save(image: Image.Image, path: Path, about: str, quiet: bool = False) -> Pat
     return path
 
 
-def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings,
-         ranking: Ranking | None) -> list[Path]:
+def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings, ranking: Ranking | None) -> list[Path]:
     """Draw the pictures of one prompt; each is on the disk before the next ones are begun. With a `ranking`, the best
     of them stay. Returns where they are."""
     settings, out = sd.with_recipe(settings), Path(settings.out)

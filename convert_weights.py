@@ -30,7 +30,7 @@ from tinydb import cli
 from tinydb.config import (Checked, CLIPConfig, InputError, ModelInfo, ScheduleConfig, TextConfig, UNetConfig,
                            VAEConfig, read_json, read_text, require)
 from tinydb.diffusion import NoiseSchedule
-from tinydb.pipeline import MODEL_INDEX, PARTS, StableDiffusion
+from tinydb.pipeline import PARTS, PIPELINES, StableDiffusion
 from tinydb.scores import PROCESSORS, build_clip
 from tinydb.storage import (WEIGHT_FILES, build_model, canonical_names, check_free_disk, check_tensors, read_tensors,
                             model_folder, refuse_pointer, save_tensors, written_whole)
@@ -238,12 +238,12 @@ def weight_file(source: str | Path, part: str, present: list[str]) -> str:
     InputError names `source` where there is none."""
     new = WEIGHT_FILES.get(part, "model.safetensors").removesuffix(".safetensors")
     old = "pytorch_model" if new == "model" else new
-    for variant in ("", ".fp16"):
+    for variant in ("", ".fp16", ".bf16"):
         for name in (f"{new}{variant}.safetensors", f"{new}.safetensors.index{variant}.json", f"{old}{variant}.bin",
                      f"{old}.bin.index{variant}.json"):
             if name in present:
                 return name
-    raise InputError(f"{source}: no weights in {part}/; expected {new}.safetensors or an older name for it")
+    raise InputError(f"{source}: no weights of the {part}; expected {new}.safetensors or an older name for it")
 
 
 def convert_clip(folder: Path, dst: Path, half: bool) -> None:
@@ -273,8 +273,8 @@ def read_folder(folder: Path) -> tuple[Description, dict[str, dict[str, Tensor]]
     kind = "folder without model_index.json"
     if index:
         kind = read_json(index).get("_class_name", "model of another library")
-    require(kind == MODEL_INDEX["_class_name"], f"{folder}: a {kind}; expected a {MODEL_INDEX['_class_name']} (Stable "
-                                                "Diffusion 1.x or 2.x), not an SDXL, inpainting, ControlNet or LoRA")
+    require(kind in PIPELINES, f"{folder}: a {kind}; expected a {PIPELINES[0]} (Stable Diffusion 1.x or 2.x), not an "
+                               "SDXL, inpainting, ControlNet or LoRA")
     description = Description.read(folder)
     present = {part: [path.name for path in (folder / part).iterdir()] for part in PARTS}
     return description, {part: read_file(folder / part / weight_file(folder, part, present[part])) for part in PARTS}

@@ -119,7 +119,7 @@ def settings_in_picture(given: Settings) -> dict[str, object]:
     entries |= {"prompt": [] if given.prompts else [prompt], "negative": negative, "count": 1}
     if "sampler" in entries:
         entries["sampler"] = samplers[entries["sampler"]]
-    if "strength" in entries and "init" not in entries:
+    if "strength" in entries and "init" not in entries and "Hires upscale" not in described:
         say(f"{given.source}: was drawn over a picture that it does not name; --init brings it")
     return entries
 
@@ -152,10 +152,14 @@ def check(settings: Settings, prompts: list[str]) -> None:
     require(home.is_dir() and os.access(home, os.W_OK), f"--out {out}: {home} is no folder to write in")
     require(not (is_file and out.is_dir()), f"--out {out}: a folder; expected the name of a file")
     numbers = range(settings.count) if is_file and settings.count > 1 and not settings.among else []
-    taken = [path for path in [numbered(out, i) for i in numbers] if path.exists()]
+    files = [numbered(out, i) for i in numbers]
+    taken = [str(path) for path in files if path.exists()]
     require(not (settings.best and taken),
-            f"--out {out}: --best would overwrite {', '.join(map(str, taken[:3]))}; give another name")
-    written = [out, *taken] if is_file and out.exists() else taken
+            f"--out {out}: --best would overwrite {', '.join(taken[:3])}; give another name")
+    files += [out] if is_file else []
+    files += [attention_path(path) for path in files] if settings.attention else []
+    files += [preview_path(settings)] if settings.preview else []
+    written = [path for path in files if path.exists()]
     for flag, source in (("--init", settings.init), ("--from", settings.source), ("--among", settings.among)):
         require(source != "", f"{flag}: empty; expected a name, or leave it out")
         if source and Path(source).exists():
@@ -245,6 +249,12 @@ def numbered(out: Path, i: int) -> Path:
     return out.with_name(f"{out.stem}-{i}.png")
 
 
+def preview_path(settings: Settings) -> Path:
+    """Where --preview shows the picture that is being drawn."""
+    out = Path(settings.out)
+    return out.with_name(f"{out.stem}-preview.png") if settings.out_is_file else out / "preview.png"
+
+
 def attention_path(path: Path) -> Path:
     """Where the heat maps of the picture at `path` go."""
     return path.with_name(f"{path.stem}-attention.png")
@@ -266,11 +276,10 @@ def save(image: Image.Image, path: Path, about: str, quiet: bool = False) -> Pat
 def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings, ranking: Ranking | None) -> list[Path]:
     """Draw the pictures of one prompt; each is on the disk before the next ones are begun. With a `ranking`, the best
     of them stay. Returns where they are."""
-    settings, out = sd.with_recipe(settings), Path(settings.out)
+    settings = sd.with_recipe(settings)
     init = picture_to_draw_over(sd, settings) if settings.init else None
     steps = settings.steps_over_picture if init else settings.steps
     sampling = {f.name: getattr(settings, f.name) for f in fields(Sampling)}
-    preview = out.with_name(f"{out.stem}-preview.png") if settings.out_is_file else out / "preview.png"
     files: list[list[Path]] = []  # of each picture: itself and, with --attention, its heat maps
     groups = [range(i, min(i + GROUP, settings.count)) for i in range(0, settings.count, GROUP)]
     with tqdm(total=steps * len(groups), desc="drawing", unit="step") as progress:
@@ -281,7 +290,8 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings, ra
                     progress.update()
                     if settings.preview and progress.n % settings.preview == 0:
                         with extra("preview"):
-                            save_png(grid(sd.decode(clean), len(group)), preview, f"step {progress.n} of: {prompt}")
+                            sheet = grid(sd.decode(clean), len(group))
+                            save_png(sheet, preview_path(settings), f"step {progress.n} of: {prompt}")
             drawn = sd.decode(latents)
             scores = ranking.score(drawn) if ranking else [{}] * len(drawn)
             for i, image, score in zip(group, drawn, scores):
@@ -296,10 +306,11 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings, ra
         files = keep_best(ranking, files, settings)
     paths = [path for path, *_ in files]
     if len(paths) > 1:
-        sheet = out if settings.out_is_file else paths[0].with_name(f"{paths[0].stem}-grid.png")
-        shown = [open_picture(path) for path in paths[:MOST_SHOWN]]
-        captions = [prompt] + [""] * (len(shown) - 1)
-        save(grid(shown, min(len(shown), 4), captions), sheet, f"{len(shown)} pictures of: {prompt}")
+        sheet = Path(settings.out) if settings.out_is_file else paths[0].with_name(f"{paths[0].stem}-grid.png")
+        with extra("sheet"):  # somebody may have moved a picture
+            shown = [open_picture(path) for path in paths[:MOST_SHOWN]]
+            captions = [prompt] + [""] * (len(shown) - 1)
+            save(grid(shown, min(len(shown), 4), captions), sheet, f"{len(shown)} pictures of: {prompt}")
     return paths
 
 
@@ -308,7 +319,7 @@ def keep_best(ranking: Ranking, files: list[list[Path]], settings: Settings) -> 
     order = ranking.best()
     for i in order[settings.best :]:
         for path in files[i]:
-            path.unlink()
+            path.unlink(missing_ok=True)  # somebody may have moved it
     for i in order[: settings.best]:
         if settings.out_is_file and settings.best == 1:  # it gets the name of --out
             out = Path(settings.out)
@@ -420,8 +431,9 @@ def main(settings: Settings) -> None:
     count = len(rows[0])
     if 1 < len(prompts) <= SERIES and count <= SERIES:
         captions = [caption for prompt in prompts for caption in [prompt] + [""] * (count - 1)]
-        images = [open_picture(path) for row in rows for path in row]
-        save(grid(images, count, captions), new_path(settings, "series"), " | ".join(prompts))
+        with extra("sheet"):
+            images = [open_picture(path) for row in rows for path in row]
+            save(grid(images, count, captions), new_path(settings, "series"), " | ".join(prompts))
 
 
 if __name__ == "__main__":

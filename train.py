@@ -229,7 +229,8 @@ def load_checkpoint(folder: Path, model: DreamBoothLoss, optimizer: torch.optim.
 def start_processes(name: str) -> tuple[int, int, torch.device]:
     """Join the other processes where torchrun started several, as the environment says; `name` is the device on the
     command line. Returns rank, world size and device."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world_size = int(os.environ.get("WORLD_SIZE") or 1)
+    rank = int(os.environ.get("RANK", 0)) if world_size > 1 else 0
     if world_size > 1 and torch.cuda.is_available() and name in ("auto", "cuda"):
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), torch.cuda.device_count()
         require(here <= gpus, f"torchrun started {here} processes on {gpus} GPUs; use --nproc_per_node {gpus}")

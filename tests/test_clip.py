@@ -210,7 +210,7 @@ def test_a_clip_that_cannot_be_converted_is_refused(folder, tmp_path, command):
     assert code == 2 and "visual_projection.weight of the clip holds NaN" in err and not (tmp_path / "new").exists()
     (folder / "model.safetensors").unlink()
     code, _, err = command("convert_weights.py", str(folder), str(tmp_path / "new"))
-    assert code == 2 and "no weights in clip/; expected model.safetensors" in err
+    assert code == 2 and "no weights of the clip; expected model.safetensors" in err
 
 
 @pytest.mark.parametrize("processor", ["preprocessor_config.json", "processor_config.json"])

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "weights" / "tiny"
 UNET, VAE, CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
 BUFFERS = ["betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
-           "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
+           "logvar", "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
            "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"]
 
 
@@ -427,7 +427,8 @@ def to_bin(folder: Path) -> None:
 
 def to_variant(folder: Path) -> None:
     for part, name in convert_weights.WEIGHT_FILES.items():
-        (folder / part / name).rename(folder / part / name.replace(".safetensors", ".fp16.safetensors"))
+        variant = "bf16" if part == "vae" else "fp16"
+        (folder / part / name).rename(folder / part / name.replace(".safetensors", f".{variant}.safetensors"))
 
 
 def to_shards(folder: Path) -> None:
@@ -604,7 +605,7 @@ def test_damaged_files(sd1, tmp_path):
 
 def test_weights_missing_from_a_folder(folder, tmp_path):
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    assert "no weights in unet/" in refusal(folder, tmp_path / "out")
+    assert "no weights of the unet" in refusal(folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("shards", [

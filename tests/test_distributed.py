@@ -192,3 +192,10 @@ def test_several_processes_without_torchrun_are_refused(nano, photos, tmp_path, 
         monkeypatch.setenv(name, "2")
     settings = train.Settings(images=str(photos), class_noun="dog", weights=str(nano), device="cpu", out=str(tmp_path))
     assert "no torchrun started this process" in refusal(train.main, settings)
+
+
+@pytest.mark.parametrize("there", [{"RANK": "1"}, {"WORLD_SIZE": ""}], ids=str)
+def test_one_process_whatever_else_is_set(teach, tmp_path, monkeypatch, there):
+    for name, value in there.items():
+        monkeypatch.setenv(name, value)
+    assert (teach(tmp_path / "out", steps=1) / "model").is_dir()

@@ -206,7 +206,7 @@ def test_interrupted_download_continues(hub, convert, tmp_path):
     ("me/missing", None, "no such model on the hub"), ("../typo", None, "no such file or folder here"),
     ("me/private", (401, "RepoNotFound"), "hf auth login"),
     ("me/gated", (403, "GatedRepo"), "accept its terms on https://huggingface.co/me/gated"),
-    ("me/lora", None, "without model_index.json"), ("me/empty", None, "no weights in text_encoder/"),
+    ("me/lora", None, "without model_index.json"), ("me/empty", None, "no weights of the text_encoder"),
     ("me/broken", (500, "Oops"), "the hub did not give it"),
 ])
 def test_closed_repositories(hub, convert, tmp_path, repo, closed, reason):

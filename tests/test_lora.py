@@ -221,7 +221,10 @@ def of_diffusers(form: str, tensors: dict[str, Tensor], sd: StableDiffusion) -> 
             new = f"{path}.lora_{'B' if is_up else 'A'}.weight"
         elif form == "transformers 5":
             new = f"{path.replace('text_encoder.text_model', 'text_encoder')}.lora_{'B' if is_up else 'A'}.weight"
-        elif form == "processor" and ".attn" in path:
+        elif form == "oldest" and path.endswith("_proj"):
+            new = f"{path.removesuffix('_proj')}".replace("self_attn.", "self_attn.to_")
+            new = f"{new}_lora.{'up' if is_up else 'down'}.weight"
+        elif form in ("processor", "oldest") and ".attn" in path:
             module, _, last = path.removesuffix(".0").rpartition(".")
             new = f"{module}.processor.{last}_lora.{'up' if is_up else 'down'}.weight"
         else:
@@ -231,7 +234,7 @@ def of_diffusers(form: str, tensors: dict[str, Tensor], sd: StableDiffusion) -> 
     return renamed
 
 
-@pytest.mark.parametrize("form", ["no alpha", "peft", "transformers 5", "processor", "older"])
+@pytest.mark.parametrize("form", ["no alpha", "peft", "transformers 5", "processor", "older", "oldest"])
 def test_other_forms_mean_the_same(pairs, lora_of, tmp_path, form):
     pair = pairs("sd1")
     file = lora_of(pair, rank=2, alpha=2.0)
@@ -344,6 +347,8 @@ def test_damaged_file(pairs, lora_of, tmp_path):
     (tmp_path / "half.safetensors").write_bytes(file.read_bytes()[:-100])
     assert "not a whole safetensors file" in refusal(sd.add_lora, tmp_path / "half.safetensors")
     assert "no such file" in refusal(sd.add_lora, tmp_path / "nowhere.safetensors")
+    (tmp_path / "old.bin").write_bytes(b"a pickle")
+    assert "expected a .safetensors file" in refusal(sd.add_lora, tmp_path / "old.bin")
 
 
 # ------------------------------------------------------------------------------------------------ training

@@ -1,6 +1,7 @@
 """A model folder in, pictures out: the same as diffusers draws, reproducible, and saved as it was loaded."""
 
 import json
+import shutil
 from copy import copy
 from dataclasses import replace
 
@@ -104,6 +105,22 @@ def test_steps_over_a_picture(pairs, strength, steps):
     init = Image.radial_gradient("L").convert("RGB").resize((16, 16))
     ways = pairs("nano").sd.denoise(PROMPT, init=init, steps=10, strength=strength, guidance_scale=1.0)
     assert len(list(ways)) == steps
+
+
+def test_side_in_folders_before_diffusers_0_9(pairs, tmp_path):
+    """Was written as 32 where the model has 64; diffusers' pipeline corrects it as well."""
+    folder = shutil.copytree(pairs("sd1").folder, tmp_path / "old")
+    edit_json(folder / "unet" / "config.json", sample_size=32, _diffusers_version="0.4.0")
+    sd, theirs = tinydb.load(folder), StableDiffusionPipeline.from_pretrained(folder)
+    assert sd.resolution == theirs.unet.config.sample_size * theirs.vae_scale_factor
+    edit_json(folder / "unet" / "config.json", sample_size=32, _diffusers_version="0.30.0")
+    assert tinydb.load(folder).resolution * 2 == sd.resolution
+
+
+def test_folder_of_the_image_to_image_pipeline(pairs, tmp_path):
+    """It has the same parts."""
+    StableDiffusionImg2ImgPipeline(**pairs("sd1").reference.components).save_pretrained(tmp_path / "other")
+    assert tinydb.load(tmp_path / "other").unet.config == pairs("sd1").sd.unet.config
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -281,7 +298,8 @@ def test_more_pictures_than_are_decoded_at_once(pairs):
     ({"guidance_scale": float("nan")}, "--guidance nan"), ({"seed": -1}, "--seed -1"),
     ({"strength": 0.0}, "--strength 0.0: expected more than 0"),
     ({"sampler": "euler"}, "--sampler 'euler': expected ddim or dpm"),
-    ({"latents": torch.zeros(2, 4, 8, 8)}, "2 latents for 1 prompts"),
+    ({"latents": torch.zeros(2, 4, 8, 8)}, "latents of shape (2, 4, 8, 8) for 1 prompts; expected (1, 4, 'h', 'w')"),
+    ({"latents": torch.zeros(1, 8, 8, 8)}, "latents of shape (1, 8, 8, 8) for 1 prompts"),
     ({"init": Image.new("RGB", (16, 16)), "latents": torch.zeros(1, 4, 8, 8)}, "init and latents: both say where"),
     ({"init": Image.new("RGB", (20, 16))}, "init of 20x16"), ({"steps": "many"}, "--steps 'many': expected int"),
 ], ids=lambda value: value if isinstance(value, str) else "")

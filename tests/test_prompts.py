@@ -14,7 +14,7 @@ import train
 from tinydb.class_images import ClassImages
 from tinydb.config import ModelInfo, write_json
 from tinydb.data import read_pictures
-from tinydb.prompts import class_prompt, fill, read_captions, read_templates, subject_prompts
+from tinydb.prompts import class_prompt, fill, prompt_remarks, read_captions, read_templates, subject_prompts
 
 TEMPLATES = ("a red {noun}", "a {noun} in the snow")
 
@@ -114,10 +114,20 @@ def test_subjects_in_the_box_have_captions():
 
 @pytest.mark.parametrize("template, noun, prompt", [
     ("a {noun} at night", "owl", "an owl at night"), ("a {noun}, a {noun}", "dog", "a dog, a dog"),
-    ("a sea {noun}", "otter", "a sea otter"), ("the {noun}", "\\1", "the \\1"), ("a {dog}", "dog", "a {dog}"),
+    ("A {noun}", "owl", "An owl"), ("a sea {noun}", "otter", "a sea otter"),
+    ("the {noun}", "\\1", "the \\1"), ("a {dog}", "dog", "a {dog}"),
 ])
 def test_template_is_filled_with_the_class(template, noun, prompt):
     assert fill(template, noun) == prompt
+
+
+@pytest.mark.parametrize("caption, names", [
+    ("a photo of pho dog", True), ("a Pho dog", True), ("pho's dog", True), ("a photo of a dog", False)])
+def test_identifier_is_found_as_words(pairs, caption, names):
+    """As the text encoder reads them."""
+    tokenizer = pairs("nano").sd.tokenizer
+    assert (prompt_remarks(tokenizer, [[caption]], "pho") == []) == names
+    assert (prompt_remarks(tokenizer, [["pho dog"], [caption]], "pho") == []) != names
 
 
 def test_prompts_of_class_images(teach, varied, captioned, tmp_path, prompts_learnt):
@@ -180,21 +190,24 @@ def test_file_of_class_prompts_that_cannot_be_used(tmp_path, content, words):
 
 
 @pytest.mark.parametrize("templates, captioned, own, words", [
-    (None, True, False, "what only captions name"), ("plain", True, False, "what only captions name"),
-    ("a.txt", False, False, "what only class prompts name"), (None, False, False, None), ("a.txt", True, False, None),
-    ("plain", True, True, None),
+    (None, True, None, "what only captions name"), ("plain", True, None, "what only captions name"),
+    ("a.txt", False, None, "what only class prompts name"), (None, False, None, None), ("a.txt", True, None, None),
+    ("plain", True, "a dog in the snow", None), ("plain", False, "a dog in the snow", "what only class prompts name"),
+    ("a.txt", True, "a photo of a dog", "what only captions name"),
 ])
 def test_captions_and_varied_class_prompts_belong_together(nano, photos, tmp_path, monkeypatch, templates, captioned,
                                                            own, words):
-    """With one of them alone, places come to mean the subject, or anything but it; which is said."""
+    """With one of them alone, places come to mean the subject, or anything but it; which is said. `own`: the text
+    beside each class picture of one's own, of which there are enough."""
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("a {noun} in the snow\n")
     if own:
         shutil.copytree(photos, "own")
         for picture in list(Path("own").iterdir()):
-            picture.with_suffix(".txt").write_text("a dog in the snow")
+            picture.with_suffix(".txt").write_text(own)
     prior = ClassImages(tinydb.load(nano), nano, "dog", 0, templates, captioned, "own" if own else None)
-    assert [words in remark for remark in prior.remarks] == ([True] if words else [])
+    count = len(prior.own) or 8
+    assert [words in remark for remark in prior.advice(count)] == ([True] if words else [])
 
 
 def test_list_for_stable_diffusion_can_be_used():

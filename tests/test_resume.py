@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import tinydb
 import train
-from tinydb.cli import Stopped, option
+from tinydb.cli import Stopped, option, options_in_file
 from tinydb.config import InputError, ModelInfo
 from tinydb.run import Run, StopSignal
 from tinydb.scores import CLIP
@@ -344,10 +344,34 @@ def test_checkpoint_that_cannot_be_deleted_ends_nothing(teach, tmp_path, monkeyp
     assert steps_of(out) == [1, 2, 3] and "no removal of an old checkpoint" in capsys.readouterr().err
 
 
-def test_steps_that_move_the_fall_of_the_rates_are_said(teach, tmp_path, capsys):
-    out = teach(tmp_path / "out", steps=2, save_every=2, lr_decay=0.5)
-    teach(out, steps=4, save_every=2, lr_decay=0.5, resume=True)
-    assert "--steps was 2 and is now 4: the rates fall at other steps" in capsys.readouterr().err
+@pytest.mark.parametrize("lr_decay, said", [(1.0, True), (0.5, False)], ids=["fell-already", "not-yet"])
+def test_steps_that_move_the_fall_of_the_rates_are_said(teach, tmp_path, capsys, lr_decay, said):
+    """Where it matters: where they have not fallen yet, the result is that of one run."""
+    out = teach(tmp_path / "out", steps=2, save_every=2, lr_decay=lr_decay)
+    teach(out, steps=4, save_every=2, lr_decay=lr_decay, resume=True)
+    assert ("--steps was 2 and is now 4: the rates fall at other steps" in capsys.readouterr().err) == said
+    whole = teach(tmp_path / "whole", steps=4, save_every=2, lr_decay=lr_decay)
+    assert (files(out / "model") == files(whole / "model")) != said
+
+
+def test_result_that_was_moved_to_another_disk(teach, tmp_path):
+    """And linked: the link goes, the model stays there."""
+    out = teach(tmp_path / "out", steps=1)
+    before = files(shutil.move(out / "model", tmp_path / "elsewhere"))
+    (out / "model").symlink_to(tmp_path / "elsewhere")
+    teach(out, steps=2, resume=True)
+    assert files(tmp_path / "elsewhere") == before and not (out / "model").is_symlink()
+    assert names(out / ".") == [name for name in names(out / ".") if not name.endswith(".tmp")]
+
+
+def test_config_of_a_run_that_was_moved_goes_on_where_it_is(teach, tmp_path):
+    first = teach(tmp_path / "first", steps=1)
+    moved = shutil.copytree(first, tmp_path / "moved")
+    begun = files(first)
+    options = options_in_file(train.Settings, str(moved / "config.json"))
+    assert options["out"] == str(moved)
+    train.main(train.Settings(**{**options, "steps": 2, "resume": True}))
+    assert steps_of(moved) == [1, 2] and files(first) == begun
 
 
 def test_weights_that_are_still_there_need_not_be_given_again(command, begun, whole, photos, tmp_path):

@@ -284,6 +284,34 @@ def test_the_picture_that_is_drawn_from_is_not_overwritten(command, nano, tmp_pa
     assert code == 0 and names(tmp_path) == ["cat.png", "dog.png"], error
 
 
+@pytest.mark.parametrize("init, given", [
+    ("out/preview.png", ["--preview", "1", "--out", "out"]),
+    ("cat-preview.png", ["--preview", "1", "--out", "cat.png"]),
+    ("cat-attention.png", ["--attention", "--out", "cat.png"]),
+])
+def test_what_is_shown_beside_a_picture_does_not_overwrite_it_either(command, nano, tmp_path, init, given):
+    (tmp_path / init).parent.mkdir(exist_ok=True)
+    Image.new("RGB", (16, 16)).save(tmp_path / init)
+    code, _, error = command("sample.py", "a cat", "-n1", f"--weights={nano}", "--device=cpu", "--init", init, *given)
+    assert code == 2 and "would overwrite a picture of --init" in error
+    assert list(files(tmp_path)) == [init]
+
+
+def test_picture_that_is_moved_meanwhile_ends_nothing(draw, small_clip, tmp_path, monkeypatch, capsys):
+    """There is no sheet with it, and it cannot be deleted any more."""
+    save = sample.save_png
+
+    def moved(image, path, text):
+        save(image, path, text)
+        if path.name == "0001-a-dog.png":
+            path.rename(tmp_path / "mine.png")
+
+    monkeypatch.setattr(sample, "save_png", moved)
+    draw("a dog", count=2)
+    assert "no sheet this time" in capsys.readouterr().err and names(tmp_path / "out") == ["0000-a-dog.png"]
+    draw("a dog", count=2, best=1, clip=str(small_clip), out=str(tmp_path / "best"))
+
+
 def test_the_best_of_many_leave_earlier_pictures_alone(draw, small_clip, tmp_path):
     """Of the same names, which are those of what is drawn on the way."""
     (tmp_path / "cat-1.png").write_bytes(b"earlier")

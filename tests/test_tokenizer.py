@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import MERGES, edit_json, reference_tokenizer, vocabulary
+from conftest import MERGES, edit_json, refusal, reference_tokenizer, vocabulary
 
 from tinydb.tokenizer import CLIPTokenizer
 
@@ -98,6 +98,13 @@ def test_added_tokens_are_read_as_one_piece_and_kept(tmp_path, pad, layout):
         expected = reference(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
         for tokenizer in (ours, again):
             assert [t for t, a, b in zip(texts, tokenizer.encode(texts), expected) if not torch.equal(a, b)] == []
+
+
+def test_textual_inversion_of_several_vectors_is_refused(tmp_path):
+    """diffusers writes all of its tokens for the first one, which a prompt has."""
+    CLIPTokenizer(vocabulary(), MERGES).save(tmp_path)
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<toy>": 600, "<toy>_1": 601}))
+    assert "'<toy>' is a textual inversion of several vectors" in refusal(CLIPTokenizer.read, tmp_path)
 
 
 def test_an_added_token_may_be_a_piece_of_other_words(tmp_path, pad):

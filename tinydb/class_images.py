@@ -63,6 +63,7 @@ class ClassImages:
     def __init__(self, sd: StableDiffusion, weights: Path, noun: str, seed: int, templates: str | None = None,
                  captioned: bool = True, own: str | None = None):
         self.sd, self.weights, self.seed = sd, weights, seed
+        self.noun, self.templates, self.captioned = noun, templates, captioned
         pictures, self.remarks = read_pictures(Path(own), sd.resolution) if own else ({}, [])
         self.own, self.own_captions = list(pictures.values()), read_captions(Path(own or ""), pictures)
         recipe, schedule = sd.info.recipe, sd.schedule.config
@@ -70,20 +71,10 @@ class ClassImages:
         varied = ()
         if templates is None and captioned:
             varied = recipe.class_prompts
-        elif templates is None and recipe.class_prompts:
-            self.remarks.append("the pictures have no captions, so all class images are plain; a 0.txt beside 0.png "
-                                f"that says what is in it, such as: {PLACEHOLDER} {noun} on the grass, keeps more of "
-                                "the rest of a prompt")
         elif templates not in (None, "plain"):
             require(Path(templates).exists(),
                     f"--class-prompts {templates}: no such file; expected a file of prompts, or: plain")
             varied = read_templates(Path(templates))
-        if captioned and not varied and not any(self.own_captions):
-            self.remarks.append("the pictures have captions and the class images are plain: what only captions name, "
-                                "such as places, may come to show your subject; --class-prompts FILE prevents it")
-        elif varied and not captioned:
-            self.remarks.append("the class prompts vary and the pictures have no captions: what only class prompts "
-                                "name may come to show anything but your subject; captions prevent it")
         self.varied = [fill(template, noun) for template in varied]
         prompts = [self.plain, recipe.plain_share, *self.varied] if self.varied else self.plain
         sampler = [recipe.class_sampler] if recipe.class_sampler != Recipe.class_sampler else []
@@ -103,6 +94,20 @@ class ClassImages:
         own = [caption or self.plain for caption in self.own_captions[:count]]
         return own + [self.prompt(i) for i in range(count - len(own))]
 
+    def advice(self, count: int) -> list[str]:
+        """A line where the prompts of the first `count` pictures do not go together with the subject's captions."""
+        varied = any(prompt != self.plain for prompt in self.prompts(count))
+        if self.captioned and not varied:
+            return ["the pictures have captions and the class images are plain: what only captions name, such as "
+                    "places, may come to show your subject; --class-prompts FILE prevents it"]
+        if varied and not self.captioned:
+            return ["the class prompts vary and the pictures have no captions: what only class prompts name may come "
+                    "to show anything but your subject; captions prevent it"]
+        if not self.captioned and self.templates is None and self.sd.info.recipe.class_prompts:
+            return ["the pictures have no captions, so all class images are plain; a 0.txt beside 0.png that says what "
+                    f"is in it, such as: {PLACEHOLDER} {self.noun} on the grass, keeps more of the rest of a prompt"]
+        return []
+
     def images(self, folder: Path, count: int, dtype: torch.dtype, rank: int, world_size: int,
                stop: StopSignal) -> list[Image.Image]:
         """`count` pictures: yours, and the rest from `folder`/key, where missing ones are drawn first by all ranks.
@@ -112,7 +117,7 @@ class ClassImages:
         own = self.own[:count]
         paths = [folder / self.key / f"{i:05d}.png" for i in range(count - len(own))]
         if rank == 0:
-            say(*self.remarks)
+            say(*self.remarks, *self.advice(count))
             if own and paths:
                 say(f"{len(own)} class images are yours; the model draws {len(paths)} more in {folder / self.key}")
             elif len(own) < len(self.own):

@@ -1,9 +1,9 @@
 """What a model folder says about itself, as frozen dataclasses that mirror its `config.json` files.
 
 A field declares its default and its bounds in one place, and every value is checked against them once, wherever it
-comes from: a config file, a command line, a call from Python. The defaults are those of diffusers and transformers,
-so a file that lists only what differs from them means the same here. What this code cannot build (SDXL, inpainting,
-an unknown activation) is refused by name when the file is read.
+comes from: a config file, a command line, a call from Python. The defaults are those of diffusers (of its schedulers,
+DDIM's) and transformers, so a file that lists only what differs from them means the same here. What this code cannot
+build (SDXL, inpainting, an unknown activation) is refused by name when the file is read.
 """
 
 import json
@@ -280,6 +280,15 @@ class UNetConfig(PartConfig):
              "resnet_time_scale_shift": "default", "resnet_out_scale_factor": 1, "time_embedding_type": "positional",
              "num_attention_heads": None, "conv_in_kernel": 3, "conv_out_kernel": 3, "attention_type": "default",
              "addition_embed_type_num_heads": 64}
+
+    @classmethod
+    def from_dict(cls, entries: dict[str, Any], source: str):
+        """Before diffusers 0.9, models of 512 pixels were written with a sample_size of 32; 64 is what they have, and
+        what its pipeline takes for it."""
+        size, version = entries.get("sample_size"), str(entries.get("_diffusers_version"))
+        if re.match(r"0\.[0-8]\.", version) and isinstance(size, int) and size < 64:
+            entries = {**entries, "sample_size": 64}
+        return super().from_dict(entries, source)
 
     def __post_init__(self):
         super().__post_init__()

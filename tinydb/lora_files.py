@@ -19,6 +19,7 @@ PREFIXES = {"text_encoder": "lora_te", "unet": "lora_unet"}
 RENAMES = [  # kohya's names for those that diffusers gives, or once gave
     (r"\.processor\.(to_\w+)_lora\.", r".\1.lora."),
     (r"\.to_out\.lora\.", ".to_out.0.lora."),
+    (r"\.to_(q|k|v|out)_lora\.", r".\1_proj.lora."),
     (r"\.(?:lora|lora_linear_layer)\.(down|up)\.", r".lora_\1."),
     (r"\.lora_A\.", ".lora_down."),
     (r"\.lora_B\.", ".lora_up."),
@@ -28,6 +29,7 @@ RENAMES = [  # kohya's names for those that diffusers gives, or once gave
 REFUSED = {  # names that give away what is not ours to add
     r".+[._](hada_w|lokr_w|lora_mid|oft_|dora_scale|on_input|diff(_b)?$).*": "LyCORIS or DoRA",
     r"lora_te[12]_.+|lora_unet_(input|middle|output)_block.+|text_encoder_2\..+": "made for SDXL",
+    r"base_model\..+": "in PEFT's own form; diffusers' save_lora_weights writes one that is read",
     r"transformer\..+|lora_(unet|transformer)_(double|single|joint)_.+": "made for Flux or Stable Diffusion 3",
 }
 
@@ -48,6 +50,7 @@ def read_lora(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
     (else it is r) of each layer by its name in kohya's; and what `save_lora` wrote beside them. InputError where it is
     something else."""
     require(path.is_file(), f"{path}: no such file; expected a LoRA file, such as OUT/{LORA_FILE} of a run")
+    require(path.suffix == ".safetensors", f"{path}: expected a .safetensors file; get it in that form")
     updates: dict[str, dict[str, Tensor]] = {}
     for stored_name, tensor in read_tensors(path).items():
         for pattern, what in REFUSED.items():

@@ -30,8 +30,9 @@ LAST_SEED = 2**32 - 1  # torch's CPU generator uses 32 bits
 PARTS = {"text_encoder": (CLIPTextModel, TextConfig), "unet": (UNet2DConditionModel, UNetConfig),
          "vae": (AutoencoderKL, VAEConfig)}
 
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")  # diffusers' names for what has these parts
 MODEL_INDEX = {  # what diffusers looks for first
-    "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.30.0", "requires_safety_checker": False,
+    "_class_name": PIPELINES[0], "_diffusers_version": "0.30.0", "requires_safety_checker": False,
     "feature_extractor": [None, None], "image_encoder": [None, None], "safety_checker": [None, None],
     "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
@@ -154,7 +155,9 @@ class StableDiffusion:
             latents = self.noised(init, timesteps[0], generators)
         elif latents is None:
             latents = self.initial_latents(generators, sampling.size)
-        require(len(latents) == len(prompts), f"{len(latents)} latents for {len(prompts)} prompts; expected as many")
+        expected = (len(prompts), self.unet.config.in_channels)
+        require(latents.ndim == 4 and latents.shape[:2] == expected,
+                f"latents of shape {tuple(latents.shape)} for {len(prompts)} prompts; expected {(*expected, 'h', 'w')}")
 
         def predict(noisy: Tensor, timestep: int, text_embeds: Tensor) -> Tensor:
             timesteps = torch.full((len(noisy),), timestep, device=noisy.device)  # (B,)
@@ -264,8 +267,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     require(folder.is_dir(), f"{folder}: not a folder; expected that of a model (convert_weights.py makes one); a LoRA "
                              "file is for --lora")
     kind = read_json(folder / "model_index.json").get("_class_name")
-    require(kind == MODEL_INDEX["_class_name"],
-            f"{folder}: a {kind}; only {MODEL_INDEX['_class_name']} (Stable Diffusion 1.x and 2.x) is supported")
+    require(kind in PIPELINES, f"{folder}: a {kind}; only {PIPELINES[0]} (Stable Diffusion 1.x and 2.x) is supported")
     schedule = NoiseSchedule(ScheduleConfig.read(folder / "scheduler" / "scheduler_config.json"))
     models = []
     for part, (model_class, config_class) in PARTS.items():

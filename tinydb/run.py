@@ -54,7 +54,7 @@ class StopSignal:
     def receive(self, number: int, frame: object) -> None:
         if not self.asked and self.rank == 0:
             with suppress(OSError):  # the terminal may be gone
-                os.write(2, b"\nstopping after this step\n")  # print is not for signal handlers
+                os.write(2, b"\nstopping as soon as nothing is lost\n")  # print is not for signal handlers
         self.asked = True
 
     def asked_anywhere(self, device: torch.device) -> bool:
@@ -98,7 +98,7 @@ def earlier_options(settings_class: type, given: Any) -> dict[str, Any]:
 
 
 class Run:
-    """The folder of one run. Only the first process writes into it."""
+    """The folder of one run. Only the first process writes into it, but for class images, which all of them draw."""
 
     def __init__(self, out: Path):
         self.out = Path(as_text(str(out)))  # safetensors cannot write to a path that is not UTF-8
@@ -154,8 +154,9 @@ class Run:
         if settings.resume:
             noted = read_json(config)
             self.check_same(settings, facts, noted)
-            self.say_changes(settings, noted)
             done = step_of(saved[-1]) if saved else 0
+            if done:
+                self.say_changes(settings, noted, done)
             require(done <= settings.steps,
                     f"--steps {settings.steps}: the run in {self.out} is at step {done} already; give more")
             result, made = self.result(settings), 0
@@ -190,10 +191,11 @@ class Run:
             require(then == now, f"--resume: {name} was {then!r} and is now {now!r}{CAUSES.get(name, '')}; give what "
                                  "it was, or another --out")
 
-    def say_changes(self, settings: Any, noted: dict[str, Any]) -> None:
-        """What it means that a resumed run differs from what was `noted` in settings that may differ."""
+    def say_changes(self, settings: Any, noted: dict[str, Any], done: int) -> None:
+        """What it means that a run, resumed at step `done`, differs from what was `noted` in settings that may."""
         planned = noted.get("steps", settings.steps)
-        if settings.lr_decay and planned != settings.steps:
+        falls_from = (1 - settings.lr_decay) * min(planned, settings.steps)
+        if planned != settings.steps and done - 1 > falls_from:
             say(f"--steps was {planned} and is now {settings.steps}: the rates fall at other steps than planned, "
                 "so the result is not that of one run")
         if noted.get("clip") != settings.clip:

@@ -1,5 +1,6 @@
 """A CLIP folder to ask: how well pictures fit prompts, and one another; and which checkpoint of a run is the best."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,6 +121,7 @@ class Scorer:
         self.subject = clip.images(pictures)
         self.text = clip.text([without_subject(prompt) for prompt in self.prompts[:-1]])
         self.own_fit = (self.subject @ self.text.T).mean().item()  # of the subject's own pictures to the prompts
+        require(math.isfinite(self.own_fit), "--clip: its weights hold NaN; make it anew with convert_weights.py")
 
     def note(self, scores: dict[str, Score], step: int, images: list[Image.Image]) -> Score:
         """Add to the scores of all steps the means of CLIP-I and CLIP-T (arXiv 2208.12242, section 4.3) over a step's
@@ -136,8 +138,8 @@ class Scorer:
         return scores.get(str(step), {})
 
     def best_step(self, scores: dict[str, Score], run: Run) -> int | None:
-        """The last of the run's checkpoints whose learnt^5 kept comes within 6 % of the largest (less is noise), as a
-        step; None where there is no choice:
+        """The last of the run's checkpoints whose learnt^5 kept comes within 6 % of the largest so far (less is noise),
+        as a step; None where there is no choice:
 
             learnt = how much more similar its pictures are to the subject's than those of step 0, before training
             kept   = how much better its pictures fit the prompts than the subject's own pictures do
@@ -145,19 +147,20 @@ class Scorer:
         The fifth power is there because CLIP sees little of what is learnt last: a thing with the subject's colours but
         without its markings has nine tenths of "learnt" already. `scores` of all steps so far.
         """
-        after = {int(step): score for step, score in scores.items() if run.checkpoint(int(step)).exists()}
-        if self.clip is None or "0" not in scores or len(after) < 2:
+        there = [int(step) for step in scores if run.checkpoint(int(step)).exists()]
+        if self.clip is None or "0" not in scores or len(there) < 2:
             return None
         before = scores["0"]["likeness"]
-        merits = {step: max(score["likeness"] - before, 0) ** 5 * max(score["prompt"] - self.own_fit, 0)
-                  for step, score in after.items()}
-        largest = max(merits.values())
-        return max(step for step, merit in merits.items() if merit >= 0.94 * largest)
+        merits = {int(step): max(score["likeness"] - before, 0) ** 5 * max(score["prompt"] - self.own_fit, 0)
+                  for step, score in scores.items()}
+        enough = 0.94 * max(merits.values())  # also of steps whose checkpoints are deleted, or the bar would sink
+        good = [step for step in there if merits[step] >= enough]
+        return max(good, default=max(there, key=merits.get))
 
     def advice(self, scores: dict[str, Score], run: Run, last: int) -> str:
         """What to say after the `last` step of a run: the best one, where it is another, and how to sample it."""
         best = self.best_step(scores, run)
-        if best is None or str(last) not in scores:
+        if best is None or str(last) not in scores or not run.checkpoint(last).exists():
             return ""
         if best == last:
             return "By CLIP, no earlier checkpoint is better than this.\n\n"

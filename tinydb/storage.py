@@ -50,7 +50,7 @@ RENAMES = {
         (r"(.+\.attentions\.0)\.proj_attn\.(.+)", r"\1.to_out.0.\2"),
     ],
     "single_file": [  # the original LDM layout, all parts in one file
-        (r"betas|\w*alphas_cumprod(?:_prev)?|posterior_\w+", None),  # the twelve buffers of the noise schedule
+        (r"betas|\w*alphas_cumprod(?:_prev)?|posterior_\w+|logvar", None),  # buffers of the noise schedule
         (r"v_pred", None),  # ComfyUI's mark of a model that predicts v
         (r"model_ema\..+", None),  # a second, averaged UNet; the trained one is what diffusers and A1111 take
         (r"embedding_manager\..+", None),  # of the first DreamBooth code, which grew out of textual inversion
@@ -231,13 +231,13 @@ def flush(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Delete a file or a folder, if it is there; a folder loses its name first, so that nobody ever sees half of it."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         nameless = path.with_name(f".{path.name}.{HERE}.old.{os.getpid()}.tmp")
         if nameless.exists():  # what a killed run of this number left
             shutil.rmtree(nameless)
         os.replace(path, nameless)
         shutil.rmtree(nameless)
-    elif path.exists():
+    elif path.exists() or path.is_symlink():  # what a link leads to stays
         path.unlink()
 
 
@@ -308,5 +308,5 @@ def check_free_disk(path: Path, needed: float, cure: str) -> None:
     """InputError if the disk on which `path` will be has fewer than `needed` bytes free."""
     home = existing_parent(path)
     free = shutil.disk_usage(home).free
-    require(free > needed, f"{home} has {free / 1e9:.1f} GB free, {path.name} needs {needed / 1e9:.1f}; make room, or "
-                           f"{cure}")
+    require(free > needed, f"{home} has {free / 1e6:,.0f} MB free, {path.name} needs {needed / 1e6:,.0f}; make room, "
+                           f"or {cure}")

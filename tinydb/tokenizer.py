@@ -41,6 +41,10 @@ class CLIPTokenizer:
         except Exception as error:  # the library raises nothing narrower
             reason = str(error).splitlines()[0]
             raise InputError(f"tokenizer: merges and vocabulary do not fit ({reason}); copy both together") from None
+        for token in added.values():
+            if any(other["content"] == f"{token['content']}_1" for other in added.values()):
+                raise InputError(f"tokenizer: {token['content']!r} is a textual inversion of several vectors, which is "
+                                 "not supported; get the model without it")
         self.bpe.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
         self.bpe.pre_tokenizer = pre_tokenizers.Sequence(

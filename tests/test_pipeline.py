@@ -107,6 +107,7 @@ def test_steps_over_a_picture(pairs, strength, steps):
     assert len(list(ways)) == steps
 
 
+@pytest.mark.filterwarnings("ignore:The configuration file of the unet")  # diffusers says what it corrects
 def test_side_in_folders_before_diffusers_0_9(pairs, tmp_path):
     """Was written as 32 where the model has 64; diffusers' pipeline corrects it as well."""
     folder = shutil.copytree(pairs("sd1").folder, tmp_path / "old")

@@ -227,8 +227,7 @@ def load_checkpoint(folder: Path, model: DreamBoothLoss, optimizer: torch.optim.
 
 
 def start_processes(name: str) -> tuple[int, int, torch.device]:
-    """Join the other processes where torchrun started several, as the environment says; `name` is the device on the
-    command line. Returns rank, world size and device."""
+    """Join the processes that torchrun started, if it did; `name` is --device. Returns rank, world size, device."""
     world_size = int(os.environ.get("WORLD_SIZE") or 1)
     rank = int(os.environ.get("RANK", 0)) if world_size > 1 else 0
     if world_size > 1 and torch.cuda.is_available() and name in ("auto", "cuda"):

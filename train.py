@@ -6,7 +6,7 @@
 
 The idea: fine-tune UNet and text encoder on the pictures under "a photo of ohwx dog", where `ohwx` is a word that means
 nothing yet. A few pictures alone would soon turn every dog into this one (language drift). So each batch also has class
-images: pictures of "a photo of a dog" that the model drew before training, and must go on predicting as before:
+images: pictures of "a photo of a dog" that the model drew before training, so that other dogs stay other dogs:
 
     loss = |prediction - target|^2 over instance pictures + prior_weight * the same over class images
 
@@ -37,7 +37,7 @@ from tinydb.class_images import ClassImages, plain_noun
 from tinydb.cli import choose_device, choose_dtype, option, say
 from tinydb.clip import EncoderLayer
 from tinydb.config import Checked, Recipe, require, write_json
-from tinydb.data import Batch, Latents, random_batch, read_pictures, to_device
+from tinydb.data import Examples, Latents, random_batch, read_pictures, to_device
 from tinydb.layers import ResnetBlock2D
 from tinydb.lora import attach, without_updates
 from tinydb.lora_files import save_lora
@@ -56,8 +56,8 @@ from tinydb.unet import Transformer2DModel
 
 @dataclass(frozen=True)
 class Settings(Checked):
-    """The command line. None is the recipe's number, where the help says so. `free` may differ on --resume;
-    `noted=False` is left out of config.json; `formerly` is an option's old name, `before` its value in older runs."""
+    """The command line. None is the recipe's number, where the help says so. `free`: may differ on --resume.
+    `noted=False`: not in config.json. `formerly`: the option's old name. `before`: its value in runs older than it."""
 
     images: str = option("", "folder with 3 to 6 pictures of your subject", free=True)
     class_noun: str = option("", "what it is, in a word the model knows: dog, teapot", flag="--class", metavar="NOUN")
@@ -110,7 +110,7 @@ class Settings(Checked):
         lora = from_recipe.get("lora", self.lora)
         unet_rate, text_rate = (recipe.lr_lora, recipe.lr_lora_text) if lora else (recipe.lr, recipe.lr_text)
         lr = self.lr or (recipe.lr_freeze_text if self.freeze_text and not lora else unet_rate)
-        lr_text = self.lr_text or text_rate * (lr / unet_rate)  # the ratio stays
+        lr_text = self.lr_text or text_rate * (lr / unet_rate)  # as much faster or slower as --lr makes the UNet
         return replace(self, **from_recipe, lr=lr, lr_text=None if self.freeze_text else lr_text,
                        class_noun=plain_noun(self.class_noun, self.identifier),
                        out=self.out or usual_folder(self.images))
@@ -126,11 +126,11 @@ class Settings(Checked):
 
 
 class DreamBoothLoss(nn.Module):
-    """Text encoder and UNet as one module whose forward is the loss, so that DDP synchronises both at once.
+    """Text encoder and UNet as one module, so that DDP synchronises both. Its forward gives the error of each set.
 
     `prompts[s][i]` is the prompt of picture i of set s: 0 is instance, and 1, where there is a prior, class.
-    `frozen` predicts the target of class images: both networks as they were before training or, with `lora`, without
-    the updates. A perfect model predicts the mean of all noise (or v) that fits x_t, which varies less than one draw.
+    `frozen` predicts the target of class images: both networks as before training or, with `lora`, these very ones
+    without the updates. Much noise (or v) fits an x_t: one draw of it varies; the mean, which a model predicts, less.
     """
 
     def __init__(self, sd: StableDiffusion, prompts: list[list[str]], freeze_text: bool,
@@ -145,13 +145,14 @@ class DreamBoothLoss(nn.Module):
         self.prompt_rows = [torch.tensor([distinct.index(prompt) for prompt in set_prompts]) for set_prompts in prompts]
         self.prompt_ids = sd.tokenizer.encode(distinct)  # (P, T)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: list[Examples]) -> Tensor:
         """Examples from S sets, B in all -> the mean squared error of each set, (S,)."""
-        counts = [len(timesteps) for timesteps in batch.timesteps]
-        latents, noise = torch.cat(batch.latents), torch.cat(batch.noise)  # (B, C, h, w)
-        timesteps = torch.cat(batch.timesteps)  # (B,)
+        counts = [len(examples.timesteps) for examples in batch]
+        latents = torch.cat([examples.latents for examples in batch])  # (B, C, h, w)
+        noise = torch.cat([examples.noise for examples in batch])  # (B, C, h, w)
+        timesteps = torch.cat([examples.timesteps for examples in batch])  # (B,)
         # the text encoder sees each distinct prompt once; `inverse` says which one each example has
-        rows = torch.cat([set_rows[indices] for set_rows, indices in zip(self.prompt_rows, batch.indices)])
+        rows = torch.cat([set_rows[examples.indices] for set_rows, examples in zip(self.prompt_rows, batch)])
         needed, inverse = rows.unique(return_inverse=True)
         prompt_ids, inverse = (to_device(tensor, latents.device) for tensor in (self.prompt_ids[needed], inverse))
         text_embeds = self.text_encoder(prompt_ids)[inverse]  # (B, T, C)
@@ -260,10 +261,9 @@ def trainable(sd: StableDiffusion, weights: Path, prompts: list[list[str]], sett
     model = DreamBoothLoss(sd, prompts, settings.freeze_text, lora, frozen).to(memory_format=layout)
     if settings.offload:
         model.to("cpu")
-    rates = {"unet": settings.lr, "text_encoder": settings.lr_text}
-    param_groups = [{"params": list(module.parameters()), "initial_lr": rates[part]}  # the loop sets "lr" by it
-                    for part, module in trained.items()]
-    return model, torch.optim.AdamW(param_groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True)
+    rates = {"unet": settings.lr, "text_encoder": settings.lr_text}  # the loop sets each "lr" by "initial_lr"
+    groups = [{"params": list(module.parameters()), "initial_lr": rates[part]} for part, module in trained.items()]
+    return model, torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True)
 
 
 def joined(model: DreamBoothLoss, dtype: torch.dtype, compiled: bool) -> DistributedDataParallel:
@@ -313,7 +313,7 @@ def main(settings: Settings) -> None:
     if settings.prior_weight > 0:
         folder = Path(settings.class_dir or run.out / "class_images")
         image_sets.append(prior.images(folder, settings.class_images, dtype, rank, world_size, stop))
-    sets = [Latents.of(images, sd.vae, device) for images in image_sets]  # in fp32: bf16 moves the mean by half of std
+    sets = [Latents.of(images, sd.vae, device) for images in image_sets]  # in fp32: bf16's error is half of std
     sd.vae.to("cpu")  # every picture is encoded now; previews bring it back for a moment
 
     # What is trained, and how: `masters` is the loss whose fp32 parameters the optimizer moves.
@@ -333,7 +333,7 @@ def main(settings: Settings) -> None:
 
     sd.info = replace(sd.info, identifier=settings.identifier, class_noun=settings.class_noun,
                       base=sd.info.base or {"name": weights.resolve().name, "license": "that of this model"})
-    # `model` computes a step: `masters` itself or, with --offload, a low-precision copy of it on the device.
+    # `model` computes a step: `masters` or, with --offload, a low-precision copy on the device. `parallel`: it, in DDP.
     model, offloaded = masters, []
     if settings.offload:
         model = copy.deepcopy(masters).to(device, dtype)
@@ -363,14 +363,14 @@ def main(settings: Settings) -> None:
         counts = [parts * count for count in settings.examples_per_set]
         batch = random_batch(sets, counts, sd.schedule.config.num_train_timesteps, settings.seed, step)
         sums = torch.zeros(len(sets) + 1, device=device)  # losses, and whether anyone asked to stop: one all_reduce
-        for micro_step in range(settings.accumulate):
-            micro_batch = batch.part(rank * settings.accumulate + micro_step, parts).to(device)
-            last = micro_step == settings.accumulate - 1
+        shares = range(rank * settings.accumulate, (rank + 1) * settings.accumulate)  # of this process
+        for share in shares:
+            micro_batch = [examples.part(share, parts).to(device) for examples in batch]
             # DDP averages the gradients of all processes in the last of the backward passes
-            with nullcontext() if last or world_size == 1 else parallel.no_sync():
+            with nullcontext() if share == shares[-1] or world_size == 1 else parallel.no_sync():
                 with autocast():
                     losses = parallel(micro_batch) / settings.accumulate
-                # GradScaler keeps its scale on the loss's device: on the optimizer's, no copy of it can come late
+                # GradScaler keeps its scale where the loss is; with --offload, the optimizer needs it on the CPU
                 scaler.scale((losses * loss_weights).sum().to(trained[0].device)).backward()
             sums[:-1] += losses.detach() / world_size
         sums[-1].fill_(stop.asked)  # an assignment would wait for the GPU
@@ -396,7 +396,7 @@ def main(settings: Settings) -> None:
             values = dict(zip(("instance_loss", "prior_loss"), losses))
             progress.set_postfix({name: f"{value:.4f}" for name, value in values.items()}, refresh=False)
             if due or asked_to_stop:
-                with torch.no_grad(), autocast():  # the losses of the weights that would be saved
+                with torch.no_grad(), autocast():  # the new weights may be broken: ask the last examples once more
                     check_finite(model(micro_batch).tolist(), scaler, done, settings.lr)
             if previewing or (due and scorer.clip):
                 values |= scorer.note(state["scores"], done, run.preview(shown, scorer.prompts, done, autocast))

@@ -158,7 +158,7 @@ def our_step(model: Model, batch: int, lora: int) -> Callable[[], None]:
         num_timesteps = sd.schedule.config.num_train_timesteps
         examples = random_batch([latents, latents], [batch, batch], num_timesteps, seed=0, step=0)
         with autocast():
-            losses = loss(examples.to(model.device))
+            losses = loss([of_set.to(model.device) for of_set in examples])
         losses.sum().backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

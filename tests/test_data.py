@@ -11,9 +11,10 @@ import torch
 from conftest import difference, refusal
 from PIL import Image, ImageCms, features
 from PIL.PngImagePlugin import iTXt
+from torch import Tensor
 
 import tinydb.pictures
-from tinydb.data import ENCODE_BATCH, Batch, Latents, fit, random_batch, read_pictures
+from tinydb.data import ENCODE_BATCH, Examples, Latents, fit, random_batch, read_pictures
 from tinydb.pictures import describe, grid, open_picture, read_description, save_png, to_images, to_pixels
 
 ORIENTATION = 0x0112  # the EXIF tag
@@ -281,7 +282,7 @@ def numbered(count: int, start: int = 0, std: float = 0.0) -> Latents:
     return Latents(mean, torch.full_like(mean, std))
 
 
-def batch_of(count: int, classes: int = 0, *, seed: int = 0, step: int = 0) -> Batch:
+def batch_of(count: int, classes: int = 0, *, seed: int = 0, step: int = 0) -> list[Examples]:
     """The batch of a step on three instance and five class images, as many of each or another number of these."""
     return random_batch([numbered(3), numbered(5, start=10)], [count, classes or count], 1000, seed, step)
 
@@ -289,53 +290,56 @@ def batch_of(count: int, classes: int = 0, *, seed: int = 0, step: int = 0) -> B
 def test_a_batch_depends_on_seed_and_step_alone():
     """And leaves the global generator alone."""
     torch.manual_seed(1)
-    first, following = batch_of(4, seed=3, step=7), torch.rand(3)
-    same = batch_of(4, seed=3, step=7)
-    assert all(torch.equal(*pair) for pair in zip(first.noise + first.timesteps, same.noise + same.timesteps))
-    for other in (batch_of(4, seed=3, step=8), batch_of(4, seed=4, step=7), batch_of(4, seed=7, step=3)):
-        assert not any(torch.equal(*pair) for pair in zip(first.noise + first.timesteps, other.noise + other.timesteps))
+    def drawn(seed: int, step: int) -> list[Tensor]:
+        return [tensor for examples in batch_of(4, seed=seed, step=step)
+                for tensor in (examples.noise, examples.timesteps)]
+
+    first, following = drawn(3, 7), torch.rand(3)
+    assert all(torch.equal(*pair) for pair in zip(first, drawn(3, 7)))
+    for other in (drawn(3, 8), drawn(4, 7), drawn(7, 3)):
+        assert not any(torch.equal(*pair) for pair in zip(first, other))
     torch.manual_seed(1)
     assert torch.equal(following, torch.rand(3))
 
 
 def test_no_picture_comes_twice_before_each_came_once():
-    instance, classes = (pictures.tolist() for pictures in batch_of(7).indices)
+    instance, classes = (examples.indices.tolist() for examples in batch_of(7))
     assert sorted(instance[:3]) == sorted(instance[3:6]) == [0, 1, 2]
     assert sorted(classes[:5]) == [0, 1, 2, 3, 4]
 
 
 def test_order_differs_from_step_to_step():
-    assert len({tuple(batch_of(3, step=step).indices[0].tolist()) for step in range(30)}) == 6
+    assert len({tuple(batch_of(3, step=step)[0].indices.tolist()) for step in range(30)}) == 6
 
 
 def test_a_batch_knows_its_pictures_and_gives_its_parts():
     batch = batch_of(12, 6)
-    for start, latents, pictures in zip((0, 10), batch.latents, batch.indices):
-        assert torch.equal(latents[:, 0, 0, 0], pictures + start)
-    parts = [batch.part(i, 3) for i in range(3)]
-    assert [[len(of_set) for of_set in part.timesteps] for part in parts] == [[4, 2]] * 3
-    for name in ("indices", "latents", "noise", "timesteps"):
-        for i, whole in enumerate(getattr(batch, name)):
-            assert torch.equal(torch.cat([getattr(part, name)[i] for part in parts]), whole)
+    for start, share, examples in zip((0, 10), (4, 2), batch):
+        assert torch.equal(examples.latents[:, 0, 0, 0], examples.indices + start)
+        parts = [examples.part(i, 3) for i in range(3)]
+        assert [len(part.timesteps) for part in parts] == [share] * 3
+        for name in ("indices", "latents", "noise", "timesteps"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(examples, name))
 
 
 def test_every_example_has_noise_of_its_own():
-    noise = torch.cat(batch_of(700, 300).noise)
+    noise = torch.cat([examples.noise for examples in batch_of(700, 300)])
     assert noise.shape == (1000, 4, 8, 8)
     assert len(noise.flatten(1).unique(dim=0)) == 1000
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
 
 
 def test_every_timestep_comes_equally_often():
-    instance, classes = random_batch([numbered(1), numbered(1)], [5000, 5000], 10, seed=0, step=0).timesteps
+    batch = random_batch([numbered(1), numbered(1)], [5000, 5000], 10, seed=0, step=0)
+    instance, classes = (examples.timesteps for examples in batch)
     counts = torch.cat([instance, classes]).bincount().tolist()
     assert len(counts) == 10 and all(900 < count < 1100 for count in counts) and not torch.equal(instance, classes)
 
 
 def test_latents_are_drawn_from_the_posterior():
     """Their noise has nothing to do with the noise that is added."""
-    batch = random_batch([numbered(1, start=3, std=0.5)], [300], 1000, seed=0, step=0)
-    [latents], [noise] = batch.latents, batch.noise
+    [examples] = random_batch([numbered(1, start=3, std=0.5)], [300], 1000, seed=0, step=0)
+    latents, noise = examples.latents, examples.noise
     assert abs(latents.mean() - 3) < 0.01 and abs(latents.std() - 0.5) < 0.01
     assert abs(torch.corrcoef(torch.stack([latents.flatten(), noise.flatten()]))[0, 1]) < 0.05
 

@@ -153,15 +153,16 @@ def test_dpm(config, steps, skip):
         assert torch.equal(found, clean)  # no noise is left
 
 
-def euler_step(schedule: NoiseSchedule, now: Estimate, next_timestep: int, earlier: Estimate | None) -> Tensor:
-    """A third sampler: x / alpha moves along the noise by as much as sigma / alpha changes."""
+def plms_step(schedule: NoiseSchedule, now: Estimate, next_timestep: int, earlier: Estimate | None) -> Tensor:
+    """A third sampler: DDIM with the noise extrapolated from two estimates (PNDM's second order, arXiv 2202.09778)."""
     abar, abar_next = (schedule.alphas_cumprod[t].item() for t in (now.timestep, next_timestep))
-    ratio, ratio_next = (math.sqrt((1 - a) / a) for a in (abar, abar_next))
-    scaled = now.clean + ratio * now.noise  # x_t / alpha_t
-    return math.sqrt(abar_next) * (scaled + (ratio_next - ratio) * now.noise)
+    latents = math.sqrt(abar) * now.clean + math.sqrt(1 - abar) * now.noise
+    noise = now.noise if earlier is None else 1.5 * now.noise - 0.5 * earlier.noise
+    clean = (latents - math.sqrt(1 - abar) * noise) / math.sqrt(abar)
+    return math.sqrt(abar_next) * clean + math.sqrt(1 - abar_next) * noise
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm", "euler"])
+@pytest.mark.parametrize("sampler", ["ddim", "dpm", "plms"])
 def test_sampler_goes_where_the_equation_leads(monkeypatch, sampler):
     """For clean latents from N(0, s^2) the best prediction is known, and so is where a sampler should arrive:
 
@@ -169,7 +170,7 @@ def test_sampler_goes_where_the_equation_leads(monkeypatch, sampler):
 
     A sampler of one's own is one function and one entry in SAMPLERS.
     """
-    monkeypatch.setitem(SAMPLERS, "euler", Sampler(ddim_timesteps, euler_step, "Euler"))
+    monkeypatch.setitem(SAMPLERS, "plms", Sampler(ddim_timesteps, plms_step, "PLMS"))
     schedule, s = NoiseSchedule(STABLE_DIFFUSION), 0.5
 
     def spread(timestep: int) -> float:

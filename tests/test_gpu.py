@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import tinydb
 import train
-from tinydb.data import Batch, Latents, random_batch
+from tinydb.data import Examples, Latents, random_batch
 from tinydb.layers import Attention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -98,19 +98,20 @@ def test_vae_is_exact_in_any_precision(pair, dtype):
         assert error(ours, truth) < 1e-4
 
 
-def batch_for(pair: Pair) -> Batch:
+def batch_for(pair: Pair) -> list[Examples]:
     """Two examples of each of two sets of pictures."""
     sets = [Latents(noise(3, pair.config.unet.in_channels, 8, 8).cpu() + i, torch.full((3, 1, 1, 1), 0.1))
             for i in range(2)]
     sets = [Latents(known.mean, known.std.expand_as(known.mean)) for known in sets]
-    return random_batch(sets, [2, 2], 1000, seed=0, step=0).to(DEVICE)
+    return [examples.to(DEVICE) for examples in random_batch(sets, [2, 2], 1000, seed=0, step=0)]
 
 
-def reference_losses(pair: Pair, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def reference_losses(pair: Pair, batch: list[Examples], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The losses as diffusers and transformers compute them under autocast, and the gradient in one vector."""
     text_encoder, unet = reference(pair, "text_encoder"), reference(pair, "unet")
     ids = pair.sd.tokenizer.encode(PROMPTS).to(DEVICE).repeat_interleave(2, dim=0)
-    latents, noise, timesteps = (torch.cat(of_sets) for of_sets in (batch.latents, batch.noise, batch.timesteps))
+    latents, noise, timesteps = (torch.cat([getattr(examples, name) for examples in batch])
+                                 for name in ("latents", "noise", "timesteps"))
     noisy = pair.sd.schedule.add_noise(latents, noise, timesteps)
     with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
         prediction = unet(noisy, timesteps, text_encoder(ids)[0]).sample
@@ -258,12 +259,11 @@ def test_a_step_waits_for_the_gpu_once(nano, photos, tmp_path, monkeypatch, flag
 
 def test_batch_arrives_whole(pairs):
     """Also a part of it, which does not lie in one piece."""
-    batch = batch_for(pairs("nano"))
-    host = Batch(*([tensor.cpu() for tensor in getattr(batch, f.name)] for f in fields(batch)))
-    part = host.part(1, 2).to(DEVICE)
-    for name in ("latents", "noise", "timesteps"):
-        for here, there in zip(getattr(part, name), getattr(host, name)):
-            assert torch.equal(here.cpu(), there[1:])
+    for examples in batch_for(pairs("nano")):
+        host = Examples(*(getattr(examples, f.name).cpu() for f in fields(examples)))
+        part = host.part(1, 2).to(DEVICE)
+        for name in ("latents", "noise", "timesteps"):
+            assert torch.equal(getattr(part, name).cpu(), getattr(host, name)[1:])
 
 
 def test_several_processes_on_mps_are_refused(nano, photos, tmp_path, monkeypatch):

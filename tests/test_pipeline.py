@@ -298,7 +298,7 @@ def test_more_pictures_than_are_decoded_at_once(pairs):
     ({"size": (64,)}, "--size (64,): expected width and height"), ({"guidance_stop": 1.5}, "--guidance-stop 1.5"),
     ({"guidance_scale": float("nan")}, "--guidance nan"), ({"seed": -1}, "--seed -1"),
     ({"strength": 0.0}, "--strength 0.0: expected more than 0"),
-    ({"sampler": "euler"}, "--sampler 'euler': expected ddim or dpm"),
+    ({"sampler": "nonsense"}, "--sampler 'nonsense': expected ddim or dpm"),
     ({"latents": torch.zeros(2, 4, 8, 8)}, "latents of shape (2, 4, 8, 8) for 1 prompts; expected (1, 4, 'h', 'w')"),
     ({"latents": torch.zeros(1, 8, 8, 8)}, "latents of shape (1, 8, 8, 8) for 1 prompts"),
     ({"init": Image.new("RGB", (16, 16)), "latents": torch.zeros(1, 4, 8, 8)}, "init and latents: both say where"),

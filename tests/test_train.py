@@ -29,7 +29,7 @@ import train
 from convert_weights import SD1
 from tinydb.class_images import ClassImages
 from tinydb.config import Recipe, ScheduleConfig
-from tinydb.data import Batch, Latents, fit, open_picture, random_batch, read_pictures
+from tinydb.data import Examples, Latents, fit, open_picture, random_batch, read_pictures
 from tinydb.diffusion import NoiseSchedule
 from tinydb.layers import ResnetBlock2D
 from tinydb.pictures import grid, save_png
@@ -52,14 +52,14 @@ def distance(tensors: list[Tensor], others: list[Tensor]) -> float:
 # ------------------------------------------------------------------------------------- the training step
 
 
-def dreambooth_losses(unet: nn.Module, text_encoder: nn.Module, pair: Pair, batch: Batch,
+def dreambooth_losses(unet: nn.Module, text_encoder: nn.Module, pair: Pair, batch: list[Examples],
                       prompts: list[list[str]]) -> list[Tensor]:
     """The loss of each set of pictures as diffusers' examples/dreambooth/train_dreambooth.py computes it, each picture
     under its prompt."""
     losses, scheduler = [], DDPMScheduler.from_config(pair.reference.scheduler.config)
-    for of_set, pictures, latents, noise, timesteps in zip(prompts, batch.indices, batch.latents, batch.noise,
-                                                           batch.timesteps):
-        texts = [of_set[i] for i in pictures]
+    for of_set, examples in zip(prompts, batch):
+        latents, noise, timesteps = examples.latents, examples.noise, examples.timesteps
+        texts = [of_set[i] for i in examples.indices]
         ids = pair.reference.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
         noisy_latents = scheduler.add_noise(latents, noise, timesteps)
         prediction = unet(noisy_latents, timesteps, text_encoder(ids)[0]).sample
@@ -126,10 +126,10 @@ def test_frozen_prior_holds_the_class_to_what_the_model_predicted(pairs):
         for parameter in [*sd.unet.parameters(), *sd.text_encoder.parameters()]:
             parameter.mul_(1.1)
     unet, text_encoder = trainable_reference(pair)
-    noisy = sd.schedule.add_noise(batch.latents[1], batch.noise[1], batch.timesteps[1])
-    ids = sd.tokenizer.encode([VARIED[1][i] for i in batch.indices[1]])
-    before = unet(noisy, batch.timesteps[1], text_encoder(ids)[0]).sample
-    now = sd.unet(noisy, batch.timesteps[1], sd.text_encoder(ids))
+    noisy = sd.schedule.add_noise(batch[1].latents, batch[1].noise, batch[1].timesteps)
+    ids = sd.tokenizer.encode([VARIED[1][i] for i in batch[1].indices])
+    before = unet(noisy, batch[1].timesteps, text_encoder(ids)[0]).sample
+    now = sd.unet(noisy, batch[1].timesteps, sd.text_encoder(ids))
     losses = model(batch)
     torch.testing.assert_close(losses[1], F.mse_loss(now, before), rtol=1e-4, atol=0)
     losses[1].backward()
@@ -183,7 +183,7 @@ def test_two_steps_are_those_of_a_plain_loop(teach, pairs, photos, tmp_path, set
 
 def test_every_timestep_is_taken(pairs):
     batch = random_batch(random_sets(pairs("nano")), [100, 100], num_timesteps=10, seed=0, step=0)
-    assert all(set(timesteps.tolist()) == set(range(10)) for timesteps in batch.timesteps)
+    assert all(set(examples.timesteps.tolist()) == set(range(10)) for examples in batch)
 
 
 def test_loss_is_computed_in_fp32(pairs):
@@ -196,7 +196,7 @@ def test_loss_is_computed_in_fp32(pairs):
         losses = model(batch)
     [prediction] = predictions
     assert prediction.dtype == torch.bfloat16 and losses.dtype == torch.float32
-    error = prediction.double() - torch.cat(batch.noise).double()
+    error = prediction.double() - torch.cat([examples.noise for examples in batch]).double()
     expected = error.square().unflatten(0, (2, 2)).mean(dim=(1, 2, 3, 4))
     torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=0)
 

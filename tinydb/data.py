@@ -76,40 +76,33 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 @dataclass
-class Batch:
-    """Everything random in one training step: examples from each set of pictures, instance and then class. Each field
-    has a tensor for each set.
+class Examples:
+    """Everything random in one training step for one set of pictures, instance or class."""
 
-    `indices` says which picture of its set each example is, to find its prompt.
-    """
+    indices: Tensor  # (N,), which picture of its set each example is, to find its prompt
+    latents: Tensor  # (N, C, h, w)
+    noise: Tensor  # (N, C, h, w)
+    timesteps: Tensor  # (N,)
 
-    indices: list[Tensor]  # (N,)
-    latents: list[Tensor]  # (N, C, h, w)
-    noise: list[Tensor]  # (N, C, h, w)
-    timesteps: list[Tensor]  # (N,)
+    def part(self, index: int, parts: int) -> "Examples":
+        """One of `parts` equal parts: the share of a micro-step."""
+        tensors = (self.indices, self.latents, self.noise, self.timesteps)
+        return Examples(*(tensor.chunk(parts)[index] for tensor in tensors))
 
-    def part(self, index: int, parts: int) -> "Batch":
-        """One of `parts` equal parts of every set: the share of a micro-step."""
-        def shares(tensors: list[Tensor]) -> list[Tensor]:
-            return [tensor.chunk(parts)[index] for tensor in tensors]
-
-        return Batch(shares(self.indices), shares(self.latents), shares(self.noise), shares(self.timesteps))
-
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device) -> "Examples":
         """The same on a device, except `indices`: the prompts are found on the CPU."""
-        def moved(tensors: list[Tensor]) -> list[Tensor]:
-            return [to_device(tensor, device) for tensor in tensors]
-
-        return Batch(self.indices, moved(self.latents), moved(self.noise), moved(self.timesteps))
+        moved = (to_device(tensor, device) for tensor in (self.latents, self.noise, self.timesteps))
+        return Examples(self.indices, *moved)
 
 
-def random_batch(sets: list[Latents], counts: list[int], num_timesteps: int, seed: int, step: int) -> Batch:
-    """`counts[i]` examples of `sets[i]`, with their noise and timesteps.
+def random_batch(sets: list[Latents], counts: list[int], num_timesteps: int, seed: int,
+                 step: int) -> list[Examples]:
+    """A batch: `counts[i]` examples of `sets[i]`, with their noise and timesteps.
 
     Everything comes from one CPU generator that depends on seed and step alone: a resumed run, and any split of the
     same counts over processes and micro-steps, sees the same numbers.
     """
-    # mixes the two, so that (0, 1) and (1, 0) differ; of the 63 bits, torch's CPU generator uses the lower 32
+    # a hash of both, as (0, 1) and (1, 0) must differ; a seed may have 63 bits, of which torch's generator uses 32
     state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]) >> 1)
     indices, latents = [], []
@@ -123,4 +116,4 @@ def random_batch(sets: list[Latents], counts: list[int], num_timesteps: int, see
         latents.append(encoded.mean[chosen] + encoded.std[chosen] * posterior_noise)
     noise = torch.randn(sum(counts), *latents[0].shape[1:], generator=generator)
     timesteps = torch.randint(num_timesteps, (sum(counts),), generator=generator)
-    return Batch(indices, latents, list(noise.split(counts)), list(timesteps.split(counts)))
+    return [Examples(*of_set) for of_set in zip(indices, latents, noise.split(counts), timesteps.split(counts))]

@@ -20,7 +20,10 @@ from tinydb.config import InputError, ScheduleConfig
 
 
 class NoiseSchedule:
-    """q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I)  (arXiv 2006.11239, equation 4)."""
+    """q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I)  (arXiv 2006.11239, equation 4).
+
+    beta_t is the variance that step t of the forward process adds, and abar_t what is left of that of x_0 after it.
+    """
 
     def __init__(self, config: ScheduleConfig):
         self.config = config
@@ -166,7 +169,7 @@ def sample(schedule: NoiseSchedule, denoiser: Callable[[Tensor, int], Tensor], l
     Yields, after each step, the latents and the clean latents that the network predicted in it: the last latents are
     the result, and the predictions a preview.
     """
-    earlier = None
+    earlier = None  # and after the last timestep comes 0, where each sampler ends in its own way
     for timestep, next_timestep in zip(timesteps, [*timesteps[1:], 0]):
         here = torch.full((len(latents),), timestep, device=latents.device)  # (B,)
         clean, noise = schedule.clean_and_noise(denoiser(latents, timestep), latents, here)

@@ -38,11 +38,11 @@ class LowRank(nn.Module):
             self.lora_up = type(layer)(rank, out_channels, bias=False)  # B
         self.register_buffer("alpha", torch.tensor(float(rank)))  # other programs read it from the file
         kernel = layer.weight[0, 0].numel()  # 9 of a 3x3 convolution
+        # 1 / rank as in diffusers, less for a convolution, which sums over its kernel
         nn.init.normal_(self.lora_down.weight, std=1 / (rank * kernel**0.5), generator=generator)
         nn.init.zeros_(self.lora_up.weight)  # the first step starts from the model as it is
         self.to(layer.weight.device)
         self.enabled = True
-        layer.register_forward_hook(self.add)  # from here on, the layer returns the sum
 
     def add(self, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         """A forward hook: `inputs` holds x and `output` is W x, in the layer's own shapes -> W x + B A x."""
@@ -83,11 +83,14 @@ def updates_numel(models: dict[str, nn.Module], rank: int, convolutions: bool) -
 
 
 def attach(models: dict[str, nn.Module], rank: int, convolutions: bool, seed: int) -> dict[str, nn.ModuleDict]:
-    """Give the layers of each part low-rank updates, and return those. The models' own weights and their names stay."""
+    """Give the layers of each part low-rank updates, and return those. The models' own weights and names stay."""
     generator = torch.Generator().manual_seed(seed)
-    return {part: nn.ModuleDict({name: LowRank(layer, rank, generator)
-                                 for name, layer in adapted_layers(part, model, convolutions).items()})
-            for part, model in models.items()}
+    updates = {part: nn.ModuleDict() for part in models}
+    for part, model in models.items():
+        for name, layer in adapted_layers(part, model, convolutions).items():
+            updates[part][name] = LowRank(layer, rank, generator)
+            layer.register_forward_hook(updates[part][name].add)  # from here on, the layer returns the sum
+    return updates
 
 
 @torch.no_grad()

@@ -160,13 +160,13 @@ class StableDiffusion:
                 f"latents of shape {tuple(latents.shape)} for {len(prompts)} prompts; expected {(*expected, 'h', 'w')}")
 
         def predict(noisy: Tensor, timestep: int, text_embeds: Tensor) -> Tensor:
-            timesteps = torch.full((len(noisy),), timestep, device=noisy.device)  # (B,)
-            return self.unet(noisy.to(self.dtype), timesteps, text_embeds).float()
+            same_timesteps = torch.full((len(noisy),), timestep, device=noisy.device)  # (B,)
+            return self.unet(noisy.to(self.dtype), same_timesteps, text_embeds).float()
 
         text_embeds, negative_embeds = (self.encode_prompt(texts)
                                         for texts in (prompts, [sampling.negative] * len(prompts)))
         guided_steps = int(sampling.guidance_stop * len(timesteps))
-        stop_timestep = timesteps[guided_steps] if guided_steps < len(timesteps) else 0  # no step is there: never
+        stop_timestep = timesteps[guided_steps] if guided_steps < len(timesteps) else 0  # below all of them: never
         denoiser = guided(predict, text_embeds, negative_embeds, sampling.guidance_scale, stop_timestep)
         yield from sample(self.schedule, denoiser, latents.to(self.device, torch.float32), sampling.sampler, timesteps)
 
@@ -261,6 +261,7 @@ def load(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dt
     """Open a Stable Diffusion 1.x or 2.x folder, ours or any that diffusers wrote in safetensors.
 
     `dtype` is that of text encoder and UNet; the VAE stays in float32, since in float16 it decodes to black pictures.
+    The networks come frozen and in eval mode; training switches on the gradients that it needs.
     Raises InputError, one line with the cure, where the folder is not one or is damaged.
     """
     folder = model_folder(folder)

@@ -29,7 +29,7 @@ class CLIPTokenizer:
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], pad: str = EOS, max_length: int = 77,
                  added: dict[int, dict[str, Any]] = {}):
-        self.own_vocab, self.added = vocab, added  # which may share tokens
+        self.own_vocab, self.added = vocab, added  # as its files have them; `added` may repeat tokens of `vocab`
         vocab = vocab | {token["content"]: number for number, token in added.items()}
         missing = [token for token in (BOS, EOS, pad) if token not in vocab]
         if missing:
@@ -49,7 +49,8 @@ class CLIPTokenizer:
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
         self.bpe.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Split(Regex(WORDS), "removed", invert=True), pre_tokenizers.ByteLevel(False)])
-        self.bpe.post_processor = processors.RobertaProcessing((EOS, vocab[EOS]), (BOS, vocab[BOS]), False, False)
+        self.bpe.post_processor = processors.RobertaProcessing((EOS, vocab[EOS]), (BOS, vocab[BOS]),
+                                                               trim_offsets=False, add_prefix_space=False)
         self.bpe.add_special_tokens([AddedToken(token, normalized=False) for token in (BOS, EOS, pad)])
         self.bpe.add_tokens([AddedToken(**token) for token in added.values()])
 

@@ -93,7 +93,7 @@ class PixelLinear(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H * W, C_in) -> (B, H * W, C_out): the same product as the convolution's, and faster."""
-        # the gradient gets the layout of channels_last weights, as DDP wants it
+        # permuted first, so that the gradient is laid out like a channels_last weight: DDP would copy it otherwise
         return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
 
@@ -199,7 +199,7 @@ class UNet2DConditionModel(nn.Module):
             self.down_blocks.append(DownBlock(
                 channels[max(i - 1, 0)], channels[i],
                 heads[i] if "CrossAttn" in block_type else None, i == last, config))
-            skip_channels += [channels[i]] * (config.layers_per_block + (i < last))
+            skip_channels += [channels[i]] * (config.layers_per_block + (i < last))  # and one where it halves the size
 
         self.mid_block = MidBlock(channels[-1], heads[-1], config)
 

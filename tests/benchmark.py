@@ -7,8 +7,8 @@
 Every number is a median after a warm-up; whole jobs are measured once. On a CPU both sides take turns; on a GPU one
 side has all of the memory, and our steps are those of train.py's own loop. "floor" is the part of our time that the
 arithmetic (counted by torch's FlopCounterMode) and the optimizer's memory traffic would take at the rates that this
-machine reaches on a large matrix product and a large copy. "planned" is what train.py says at its start; "waits" counts
-how often the CPU waits for the GPU in a step, or in a drawing.
+machine reaches on a large matrix product and a large copy. "goal" is the ratio that we aim for, "planned" what train.py
+says at its start, and "waits" how often the CPU waits for the GPU in a step, or in a drawing.
 """
 
 import gc
@@ -112,7 +112,7 @@ def timed(work: Callable[[], object]) -> float:
 MEASURED = """
 import resource, subprocess, sys, time
 start = time.perf_counter()
-subprocess.run([sys.executable, *sys.argv[1:]], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+subprocess.run([sys.executable, *sys.argv[1:]], check=True, stdout=subprocess.DEVNULL)
 print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)
 """
 

@@ -187,6 +187,13 @@ def test_other_preprocessing_is_refused(folder, file, change):
     assert f"{file}: {name} {value} is not supported" in refusal(tinydb.load_clip, folder)
 
 
+def test_more_prompts_than_at_once(small_clip):
+    clip = tinydb.load_clip(small_clip)
+    prompts = [f"{'the ' * i}dog" for i in range(17)]
+    one_by_one = torch.cat([clip.text([prompt]) for prompt in prompts])
+    torch.testing.assert_close(clip.text(prompts), one_by_one, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_older_folders_are_converted(folder, tmp_path, command, half):
     """Pickled, as OpenAI's own are, and in half precision on request."""

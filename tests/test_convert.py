@@ -217,6 +217,14 @@ def test_half(sd1, tmp_path):
     assert StableDiffusionPipeline.from_pretrained(folder).text_encoder.dtype == torch.float32
 
 
+def test_half_needs_half_of_the_disk(sd1, tmp_path, monkeypatch):
+    needed = []
+    monkeypatch.setattr(convert_weights, "check_free_disk", lambda path, size, cure: needed.append(size))
+    for half in (False, True):
+        convert(sd1, tmp_path / f"half-{half}", half=half)
+    assert needed[1] == needed[0] / 2
+
+
 # ---- what other programs wrote
 
 @pytest.mark.parametrize("position_ids", [torch.arange(77)[None], torch.arange(77.0)[None]])

@@ -17,6 +17,7 @@ from processes import Script, arguments, slow_disk, start, start_ranks, turn_pic
 from safetensors.torch import load_file
 
 import train
+from tinydb.run import check_processes
 
 
 @pytest.fixture
@@ -192,6 +193,10 @@ def test_several_processes_without_torchrun_are_refused(nano, photos, tmp_path, 
         monkeypatch.setenv(name, "2")
     settings = train.Settings(images=str(photos), class_noun="dog", weights=str(nano), device="cpu", out=str(tmp_path))
     assert "no torchrun started this process" in refusal(train.main, settings)
+
+
+def test_one_gpu_for_several_processes_is_refused():
+    assert "each takes a GPU of its own; give --device cuda" in refusal(check_processes, torch.device("cuda", 1), 2)
 
 
 @pytest.mark.parametrize("there", [{"RANK": "1"}, {"WORLD_SIZE": ""}], ids=str)

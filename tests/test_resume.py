@@ -27,7 +27,7 @@ import tinydb
 import train
 from tinydb.cli import Stopped, option, options_in_file
 from tinydb.config import InputError, ModelInfo
-from tinydb.run import Run, StopSignal
+from tinydb.run import Run, StopSignal, earlier_options
 from tinydb.scores import CLIP
 from tinydb.storage import HERE, model_folder, written_whole
 
@@ -131,6 +131,22 @@ def test_steps_may_be_raised_and_folders_moved(teach, begun, whole, nano, tmp_pa
     teach(out, weights=str(weights), save_every=2, resume=True)
     assert_same_result(out, whole)
     assert json.loads((out / "config.json").read_text())["steps"] == 4
+
+
+@pytest.mark.parametrize("gone, noted", [("/gone/weights/tiny", False), ("/gone/sd15", True)])
+def test_model_that_is_gone_is_named(begun, tmp_path, gone, noted):
+    """But for the model in the box of another clone: this one's is the same."""
+    out = copied(begun, tmp_path)
+    edit_json(out / "config.json", weights=gone)
+    found = earlier_options(train.Settings, train.Settings(out=str(out), resume=True))
+    assert found.get("weights") == (gone if noted else None)
+
+
+def test_stopped_with_broken_weights_saves_none(teach, tmp_path, monkeypatch):
+    monkeypatch.setattr(StopSignal, "asked", property(lambda _: True, lambda *_: None), raising=False)
+    settings = {"lr": 1e12, "steps": 5, "save_every": 5, "prior_weight": 0.0}
+    assert "step 1: the loss is [nan" in refusal(teach, tmp_path / "out", **settings)
+    assert not (tmp_path / "out" / "checkpoints").exists()
 
 
 def test_options_that_change_no_weight_may_change(teach, begun, whole, tmp_path):
@@ -352,6 +368,14 @@ def test_steps_that_move_the_fall_of_the_rates_are_said(teach, tmp_path, capsys,
     assert ("--steps was 2 and is now 4: the rates fall at other steps" in capsys.readouterr().err) == said
     whole = teach(tmp_path / "whole", steps=4, save_every=2, lr_decay=lr_decay)
     assert (files(out / "model") == files(whole / "model")) != said
+
+
+def test_fewer_steps_move_the_fall_of_the_rates(teach, tmp_path, capsys):
+    out = teach(tmp_path / "out", steps=8, save_every=4, keep=9, lr_decay=0.5)
+    shutil.rmtree(out / "checkpoints" / "step-000008")
+    shutil.rmtree(out / "model")
+    teach(out, steps=5, save_every=4, lr_decay=0.5, resume=True)
+    assert "--steps was 8 and is now 5: the rates fall at other steps" in capsys.readouterr().err
 
 
 def test_result_that_was_moved_to_another_disk(teach, tmp_path):

@@ -135,6 +135,9 @@ def test_the_subject_counts_by_its_pictures(draw, teach, small_clip, tmp_path, c
     assert "CLIP text: " in kept.info["parameters"] and "CLIP image: " in kept.info["parameters"]
     [kept] = draw("a dog", **settings).values()
     assert "CLIP image: " not in kept.info["parameters"]
+    for prompt, asks in (("a photo of OHWX dog", True), ("an ohwxy dog", False)):  # the identifier written out
+        [kept] = draw(prompt, **settings).values()
+        assert ("CLIP image: " in kept.info["parameters"]) == asks
     edit_json(tmp_path / "run" / "config.json", images=str(tmp_path / "moved"))
     capsys.readouterr()
     [kept] = draw("[V] dog", **settings).values()
@@ -310,6 +313,36 @@ def test_picture_that_is_moved_meanwhile_ends_nothing(draw, small_clip, tmp_path
     draw("a dog", count=2)
     assert "no sheet this time" in capsys.readouterr().err and names(tmp_path / "out") == ["0000-a-dog.png"]
     draw("a dog", count=2, best=1, clip=str(small_clip), out=str(tmp_path / "best"))
+
+
+def test_picture_of_among_is_not_overwritten(command, nano, small_clip, photos, tmp_path):
+    folder = Path(shutil.copytree(photos, tmp_path / "photos"))
+    before = files(folder)
+    code, _, error = command("sample.py", "a dog", f"--weights={nano}", f"--clip={small_clip}", f"--among={folder}",
+                             f"--out={folder}/0.png")
+    assert code == 2 and "would overwrite a picture of --among" in error and files(folder) == before
+
+
+@pytest.mark.parametrize("text, sheet", [
+    ("2 pictures of: a dog", True), ("a dog\nSteps: 7, Seed: 1", False), ("Greetings", True),
+    ('{"sui_image_params": {"prompt": "a dog", "steps": 20}}', False)])
+def test_what_is_a_sheet(tmp_path, text, sheet):
+    """Told from a picture by what it says; SwarmUI writes JSON."""
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", text)
+    assert sample.is_sheet(tmp_path / "a.png") == sheet
+
+
+@pytest.mark.parametrize("more, said", [("", True), (", Hires upscale: 2", False)])
+def test_a1111_says_strength_of_its_second_pass_too(draw, tmp_path, capsys, more, said):
+    """Which is no picture that was drawn over."""
+    save_png(Image.new("RGB", (8, 8)), tmp_path / "a.png", f"a dog\nSteps: 7, Denoising strength: 0.4{more}")
+    sample.settings_in_picture(sample.Settings(prompt=[], source=str(tmp_path / "a.png")))
+    assert ("was drawn over a picture" in capsys.readouterr().err) == said
+
+
+def test_series_of_many_prompts_has_no_sheet(command, nano, tmp_path):
+    code, out, error = command("sample.py", *["a cat"] * 17, "-n1", "--steps=1", f"--weights={nano}", "--device=cpu")
+    assert code == 0 and len(out.split()) == 17 and "series" not in out, error
 
 
 def test_the_best_of_many_leave_earlier_pictures_alone(draw, small_clip, tmp_path):

@@ -32,6 +32,7 @@ from tinydb.config import Recipe, ScheduleConfig
 from tinydb.data import Examples, Latents, fit, open_picture, random_batch, read_pictures
 from tinydb.diffusion import NoiseSchedule
 from tinydb.layers import ResnetBlock2D
+from tinydb.pipeline import LAST_SEED
 from tinydb.pictures import grid, save_png
 from tinydb.cli import Parser, choose_dtype
 from tinydb.run import Run, memory_plan
@@ -427,6 +428,7 @@ def test_best_step_is_kept_and_named(teach, small_clip, tmp_path, monkeypatch, c
     ([(0.3, 0.3), (0.7, 0.2), (0.8, 0.17)], 2),  # less alike, which counts more
     ([(0.3, 0.3), (0.7, 0.2), (0.8, 0.1)], 1),  # no better fit than that of the photographs themselves
     ([(0.3, 0.3), (0.1, 0.2), (0.2, 0.2)], 2),  # all of them less alike than before training
+    ([(0.3, 0.3), (0.75, 0.2), (0.8, 0.158)], 2), ([(0.3, 0.3), (0.75, 0.2), (0.8, 0.153)], 1),  # by the fifth power
 ])
 def test_best_step_weighs_both_scores(teach, small_clip, tmp_path, monkeypatch, capsys, scores, best):
     scored(monkeypatch, scores)
@@ -466,6 +468,11 @@ def test_a_folder_that_is_no_clip_is_refused_before_the_work(teach, nano, tmp_pa
 def test_save_every_0_writes_the_result_alone(teach, tmp_path):
     out = teach(tmp_path / "out", steps=1, save_every=0)
     assert (out / "model").is_dir() and not (out / "checkpoints").exists()
+
+
+def test_class_images_from_the_last_seed_on(teach, tmp_path):
+    """It goes on from 0."""
+    assert (teach(tmp_path / "out", seed=LAST_SEED, steps=1, class_images=9) / "model").is_dir()
 
 
 def test_previews_have_the_same_noise_and_change_nothing(teach, tmp_path):
@@ -644,6 +651,8 @@ def test_memory_plan_of_stable_diffusion():
     one, two = (memory_plan(sd, Settings(batch=1), torch.float32, processes) for processes in (1, 2))
     assert "weights 3.93, gradients 3.93, optimizer 7.86, activations 5.00; at once 16.79" in one
     assert "at once 20.72" in two
+    without_prior = Settings(batch=1, frozen_prior=True, prior_weight=0.0)
+    assert "before training" not in memory_plan(sd, without_prior, torch.float32, 1)
 
 
 def test_says_what_it_skips_enlarges_and_cuts_off(teach, photos, tmp_path, capsys):

@@ -208,12 +208,18 @@ def test_measures_of_the_study_point_where_the_paper_has_them():
     images, class_images, placed = evaluate.draw_real("rex")
     perfect = evaluate.measure(model, similarity, "rex", images, class_images, placed)
     drifted = evaluate.measure(model, similarity, "rex", class_images[:10], images, images)
+    mixed = evaluate.measure(model, similarity, "rex", images, class_images, images)
+    assert mixed["drift"] <= 10 and mixed["drift in places"] >= 50
     assert perfect["all"] >= 80 and perfect["prompt"] >= 85
     assert drifted["all"] == 0 and drifted["prompt"] < 50
     assert all(perfect[drift] <= 10 and drifted[drift] >= 50 for drift in ("drift", "drift in places"))
     assert drifted["PRES"] > perfect["PRES"] + 20 and perfect["likeness"] > drifted["likeness"] + 20
     same = evaluate.measure(model, similarity, "rex", images, class_images[:1] * 5, placed)
     assert same["DIV"] < 1e-3 < 10 < perfect["DIV"]
+
+
+def test_mean_of_pairs_leaves_out_each_with_itself():
+    assert evaluate.mean_of_pairs(torch.eye(3)) == 0
 
 
 def test_the_model_in_the_box_composes(tiny: tinydb.StableDiffusion):

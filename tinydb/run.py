@@ -28,7 +28,7 @@ from tinydb.lora_files import read_lora
 from tinydb.pictures import MOST_SHOWN, grid, save_png
 from tinydb.pipeline import StableDiffusion
 from tinydb.report import sample_command, write_report
-from tinydb.storage import (LORA_FILE, by_step, check_free_disk, checkpoints, lock, remove, step_of, sweep,
+from tinydb.storage import (BOX, LORA_FILE, by_step, check_free_disk, checkpoints, lock, remove, step_of, sweep,
                             written_whole)
 from tinydb.tokenizer import PLACEHOLDER
 
@@ -91,8 +91,8 @@ def earlier_options(settings_class: type, given: Any) -> dict[str, Any]:
     if not (given.resume or in_file.get("resume")) or not config.exists():
         return in_file
     noted = options_in_file(settings_class, str(config))
-    left_out = ["out"]  # the folder may have been moved since, and so may the model
-    if not Path(str(noted.get("weights"))).is_dir():
+    left_out, weights = ["out"], Path(str(noted.get("weights")))  # the folder may have been moved since
+    if not weights.is_dir() and weights.parts[-2:] == (BOX / "tiny").parts[-2:]:  # and so may the clone with its box
         left_out.append("weights")
     return {name: value for name, value in noted.items() if name not in left_out} | in_file
 

@@ -8,6 +8,7 @@ through the model's autoencoder, with noise on their latents: it must read a hoo
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import tinydb
+from tinydb import cli
+from tinydb.config import Checked
 from tinydb.pictures import to_pixels
 from tinydb.storage import read_tensors, save_tensors, written_whole
 from tinydb.vae import AutoencoderKL
@@ -128,7 +131,12 @@ def errors(judge: Judge, count: int = 1000) -> dict[str, float]:
             for i, (name, values) in enumerate(logits.items())}
 
 
-def main():
+@dataclass(frozen=True)
+class Settings(Checked):
+    """The command line, which has no options."""
+
+
+def main(settings: Settings) -> None:
     torch.manual_seed(0)
     judge, sd = Judge(), tinydb.load(FILE.parent / "tiny")
     optimizer = torch.optim.AdamW(judge.parameters())
@@ -152,4 +160,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, Settings, __doc__, out_of_memory="It needs some 2 GB")

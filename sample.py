@@ -35,7 +35,7 @@ from tinydb.lora_files import read_lora
 from tinydb.pictures import (MOST_SHOWN, VISIBLE, describe, grid, no_picture_in, open_picture, read_description,
                              save_png)
 from tinydb.pipeline import DEFAULT_IDENTIFIER, LAST_SEED, Sampling, StableDiffusion
-from tinydb.prompts import read_lines
+from tinydb.prompts import naming, read_lines
 from tinydb.run import config_around
 from tinydb.scores import NO_CLIP, Ranking, choose_clip, subject_pictures
 from tinydb.storage import BOX, LORA_FILE, existing_parent, model_folder, newest_state
@@ -152,14 +152,16 @@ def check(settings: Settings, prompts: list[str]) -> None:
     require(home.is_dir() and os.access(home, os.W_OK), f"--out {out}: {home} is no folder to write in")
     require(not (is_file and out.is_dir()), f"--out {out}: a folder; expected the name of a file")
     numbers = range(settings.count) if is_file and settings.count > 1 and not settings.among else []
-    files = [numbered(out, i) for i in numbers]
-    taken = [str(path) for path in files if path.exists()]
+    pictures = [numbered(out, i) for i in numbers]
+    taken = [str(path) for path in pictures if path.exists()]
     require(not (settings.best and taken),
             f"--out {out}: --best would overwrite {', '.join(taken[:3])}; give another name")
-    files += [out] if is_file else []
-    files += [attention_path(path) for path in files] if settings.attention else []
-    files += [preview_path(settings)] if settings.preview else []
-    written = [path for path in files if path.exists()]
+    if is_file and (not pictures or settings.best == 1):  # else it is their sheet, which has no heat maps
+        pictures.append(out)
+    written = [*pictures, out] if is_file else []
+    written += [attention_path(path) for path in pictures] if settings.attention else []
+    written += [preview_path(settings)] if settings.preview else []
+    written = [path for path in written if path.exists()]
     for flag, source in (("--init", settings.init), ("--from", settings.source), ("--among", settings.among)):
         require(source != "", f"{flag}: empty; expected a name, or leave it out")
         if source and Path(source).exists():
@@ -311,6 +313,7 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings, ra
             shown = [open_picture(path) for path in paths[:MOST_SHOWN]]
             captions = [prompt] + [""] * (len(shown) - 1)
             save(grid(shown, min(len(shown), 4), captions), sheet, f"{len(shown)} pictures of: {prompt}")
+        require(sheet.exists() or not settings.out_is_file, f"--out {sheet}: no sheet; the pictures are beside it")
     return paths
 
 
@@ -366,8 +369,8 @@ def open_rankings(weights: Path, prompts: list[str], settings: Settings) -> list
         told = read_lora(Path(file))[1]
         if told.get("class"):
             about, taught = told, file
-    word = re.escape(about.get("identifier") or DEFAULT_IDENTIFIER)
-    prompts = [re.sub(rf"(?<!\w){word}(?!\w)", PLACEHOLDER, prompt, flags=re.I) for prompt in prompts]
+    subject_name = naming(about.get("identifier") or DEFAULT_IDENTIFIER)
+    prompts = [subject_name.sub(PLACEHOLDER, prompt) for prompt in prompts]
     asked = any(PLACEHOLDER in prompt for prompt in prompts)
     subject = subject_pictures(Path(taught), clip.side) if asked else []
     if asked and not subject:

@@ -10,8 +10,7 @@ images: pictures of "a photo of a dog" that the model drew before training, so t
 
     loss = |prediction - target|^2 over instance pictures + prior_weight * the same over class images
 
-A step of training is `DreamBoothLoss` and the loop in `main`. tinydb/run.py lists what a run writes into OUT. Most
-defaults come from the recipe in the model's tinydb.json.
+A step of training is `DreamBoothLoss` and the loop in `main`; tinydb/run.py lists what a run writes into OUT.
 """
 
 import copy
@@ -110,7 +109,7 @@ class Settings(Checked):
         lora = from_recipe.get("lora", self.lora)
         unet_rate, text_rate = (recipe.lr_lora, recipe.lr_lora_text) if lora else (recipe.lr, recipe.lr_text)
         lr = self.lr or (recipe.lr_freeze_text if self.freeze_text and not lora else unet_rate)
-        lr_text = self.lr_text or text_rate * (lr / unet_rate)  # as much faster or slower as --lr makes the UNet
+        lr_text = self.lr_text or text_rate * (lr / unet_rate)  # --lr scales both rates
         return replace(self, **from_recipe, lr=lr, lr_text=None if self.freeze_text else lr_text,
                        class_noun=plain_noun(self.class_noun, self.identifier),
                        out=self.out or usual_folder(self.images))
@@ -130,7 +129,7 @@ class DreamBoothLoss(nn.Module):
 
     `prompts[s][i]` is the prompt of picture i of set s: 0 is instance, and 1, where there is a prior, class.
     `frozen` predicts the target of class images: both networks as before training or, with `lora`, these very ones
-    without the updates. Much noise (or v) fits an x_t: one draw of it varies; the mean, which a model predicts, less.
+    without the updates. It predicts about the mean of all noise (or v) that fits x_t, which varies less than one draw.
     """
 
     def __init__(self, sd: StableDiffusion, prompts: list[list[str]], freeze_text: bool,
@@ -333,7 +332,7 @@ def main(settings: Settings) -> None:
 
     sd.info = replace(sd.info, identifier=settings.identifier, class_noun=settings.class_noun,
                       base=sd.info.base or {"name": weights.resolve().name, "license": "that of this model"})
-    # `model` computes a step: `masters` or, with --offload, a low-precision copy on the device. `parallel`: it, in DDP.
+    # `model` computes a step: `masters` or, with --offload, a low-precision copy; `parallel` averages over processes.
     model, offloaded = masters, []
     if settings.offload:
         model = copy.deepcopy(masters).to(device, dtype)
@@ -396,10 +395,11 @@ def main(settings: Settings) -> None:
             values = dict(zip(("instance_loss", "prior_loss"), losses))
             progress.set_postfix({name: f"{value:.4f}" for name, value in values.items()}, refresh=False)
             if due or asked_to_stop:
-                with torch.no_grad(), autocast():  # the new weights may be broken: ask the last examples once more
+                with torch.no_grad(), autocast():  # the step may have broken the weights: the last losses once more
                     check_finite(model(micro_batch).tolist(), scaler, done, settings.lr)
             if previewing or (due and scorer.clip):
-                values |= scorer.note(state["scores"], done, run.preview(shown, scorer.prompts, done, autocast))
+                scores = state["scores"] if due or asked_to_stop else {}  # the steps of checkpoints alone are compared
+                values |= scorer.note(scores, done, run.preview(shown, scorer.prompts, done, autocast))
             run.log(done, values)
             if asked_to_stop or (due and settings.save_every > 0):  # last: what it refers to is there by now
                 sd.info = replace(sd.info, step=done)

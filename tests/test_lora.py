@@ -348,7 +348,10 @@ def test_damaged_file(pairs, lora_of, tmp_path):
     assert "not a whole safetensors file" in refusal(sd.add_lora, tmp_path / "half.safetensors")
     assert "no such file" in refusal(sd.add_lora, tmp_path / "nowhere.safetensors")
     (tmp_path / "old.bin").write_bytes(b"a pickle")
-    assert "expected a .safetensors file" in refusal(sd.add_lora, tmp_path / "old.bin")
+    assert "a pickle; expected a .safetensors file" in refusal(sd.add_lora, tmp_path / "old.bin")
+    save_file({"base_model.model.mid_block.attentions.0.proj_in.lora_A.weight": torch.zeros(1, 4)},
+              tmp_path / "adapter.safetensors")
+    assert "in PEFT's own form" in refusal(sd.add_lora, tmp_path / "adapter.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------ training

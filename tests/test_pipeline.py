@@ -299,7 +299,7 @@ def test_more_pictures_than_are_decoded_at_once(pairs):
     ({"guidance_scale": float("nan")}, "--guidance nan"), ({"seed": -1}, "--seed -1"),
     ({"strength": 0.0}, "--strength 0.0: expected more than 0"),
     ({"sampler": "nonsense"}, "--sampler 'nonsense': expected ddim or dpm"),
-    ({"latents": torch.zeros(2, 4, 8, 8)}, "latents of shape (2, 4, 8, 8) for 1 prompts; expected (1, 4, 'h', 'w')"),
+    ({"latents": torch.zeros(2, 4, 8, 8)}, "latents of shape (2, 4, 8, 8) for 1 prompts; expected (1, 4, h, w)"),
     ({"latents": torch.zeros(1, 8, 8, 8)}, "latents of shape (1, 8, 8, 8) for 1 prompts"),
     ({"init": Image.new("RGB", (16, 16)), "latents": torch.zeros(1, 4, 8, 8)}, "init and latents: both say where"),
     ({"init": Image.new("RGB", (20, 16))}, "init of 20x16"), ({"steps": "many"}, "--steps 'many': expected int"),

@@ -122,7 +122,8 @@ def test_template_is_filled_with_the_class(template, noun, prompt):
 
 
 @pytest.mark.parametrize("caption, names", [
-    ("a photo of pho dog", True), ("a Pho dog", True), ("pho's dog", True), ("a photo of a dog", False)])
+    ("a photo of pho dog", True), ("a Pho dog", True), ("pho's dog", True), ("pho_dog", True),
+    ("pho2 dog", True), ("a photo of a dog", False)])
 def test_identifier_is_found_as_words(pairs, caption, names):
     """As the text encoder reads them."""
     tokenizer = pairs("nano").sd.tokenizer

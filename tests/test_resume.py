@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import tinydb
 import train
-from tinydb.cli import Stopped, option, options_in_file
+from tinydb.cli import Stopped, option
 from tinydb.config import InputError, ModelInfo
 from tinydb.run import Run, StopSignal, earlier_options
 from tinydb.scores import CLIP
@@ -135,11 +135,13 @@ def test_steps_may_be_raised_and_folders_moved(teach, begun, whole, nano, tmp_pa
 
 @pytest.mark.parametrize("gone, noted", [("/gone/weights/tiny", False), ("/gone/sd15", True)])
 def test_model_that_is_gone_is_named(begun, tmp_path, gone, noted):
-    """But for the model in the box of another clone: this one's is the same."""
+    """Except that in the box of another clone, which is the same as this one's."""
     out = copied(begun, tmp_path)
     edit_json(out / "config.json", weights=gone)
     found = earlier_options(train.Settings, train.Settings(out=str(out), resume=True))
     assert found.get("weights") == (gone if noted else None)
+    text = refusal(train.main, train.Settings(**{**found, "out": str(out), "resume": True}))
+    assert ("/gone/sd15: not a folder" in text) == noted
 
 
 def test_stopped_with_broken_weights_saves_none(teach, tmp_path, monkeypatch):
@@ -378,6 +380,16 @@ def test_fewer_steps_move_the_fall_of_the_rates(teach, tmp_path, capsys):
     assert "--steps was 8 and is now 5: the rates fall at other steps" in capsys.readouterr().err
 
 
+def test_rates_that_begin_to_fall_where_the_run_was_left(teach, tmp_path, capsys):
+    """(1 - 0.8) * 5 is a little less than 1."""
+    out = teach(tmp_path / "out", steps=5, save_every=2, keep=9, lr_decay=0.8)
+    for step in (4, 5):
+        shutil.rmtree(out / "checkpoints" / f"step-00000{step}")
+    shutil.rmtree(out / "model")
+    teach(out, steps=9, save_every=9, lr_decay=0.8, resume=True)
+    assert "the rates fall" not in capsys.readouterr().err
+
+
 def test_result_that_was_moved_to_another_disk(teach, tmp_path):
     """And linked: the link goes, the model stays there."""
     out = teach(tmp_path / "out", steps=1)
@@ -385,14 +397,14 @@ def test_result_that_was_moved_to_another_disk(teach, tmp_path):
     (out / "model").symlink_to(tmp_path / "elsewhere")
     teach(out, steps=2, resume=True)
     assert files(tmp_path / "elsewhere") == before and not (out / "model").is_symlink()
-    assert names(out / ".") == [name for name in names(out / ".") if not name.endswith(".tmp")]
+    assert not any(name.endswith(".tmp") for name in names(out))
 
 
 def test_config_of_a_run_that_was_moved_goes_on_where_it_is(teach, tmp_path):
     first = teach(tmp_path / "first", steps=1)
     moved = shutil.copytree(first, tmp_path / "moved")
     begun = files(first)
-    options = options_in_file(train.Settings, str(moved / "config.json"))
+    options = earlier_options(train.Settings, train.Settings(config=str(moved / "config.json")))
     assert options["out"] == str(moved)
     train.main(train.Settings(**{**options, "steps": 2, "resume": True}))
     assert steps_of(moved) == [1, 2] and files(first) == begun

@@ -291,6 +291,7 @@ def test_the_picture_that_is_drawn_from_is_not_overwritten(command, nano, tmp_pa
     ("out/preview.png", ["--preview", "1", "--out", "out"]),
     ("cat-preview.png", ["--preview", "1", "--out", "cat.png"]),
     ("cat-attention.png", ["--attention", "--out", "cat.png"]),
+    ("cat-1-attention.png", ["-n2", "--attention", "--out", "cat.png"]),
 ])
 def test_what_is_shown_beside_a_picture_does_not_overwrite_it_either(command, nano, tmp_path, init, given):
     (tmp_path / init).parent.mkdir(exist_ok=True)
@@ -298,6 +299,14 @@ def test_what_is_shown_beside_a_picture_does_not_overwrite_it_either(command, na
     code, _, error = command("sample.py", "a cat", "-n1", f"--weights={nano}", "--device=cpu", "--init", init, *given)
     assert code == 2 and "would overwrite a picture of --init" in error
     assert list(files(tmp_path)) == [init]
+
+
+def test_sheet_has_no_heat_maps_to_overwrite(command, nano, tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "cat-attention.png")
+    before = files(tmp_path)
+    code, _, error = command("sample.py", "a cat", "-n2", f"--weights={nano}", "--device=cpu", "--attention",
+                             "--init", "cat-attention.png", "--out", "cat.png")
+    assert code == 0 and before.items() <= files(tmp_path).items(), error
 
 
 def test_picture_that_is_moved_meanwhile_ends_nothing(draw, small_clip, tmp_path, monkeypatch, capsys):
@@ -313,6 +322,19 @@ def test_picture_that_is_moved_meanwhile_ends_nothing(draw, small_clip, tmp_path
     draw("a dog", count=2)
     assert "no sheet this time" in capsys.readouterr().err and names(tmp_path / "out") == ["0000-a-dog.png"]
     draw("a dog", count=2, best=1, clip=str(small_clip), out=str(tmp_path / "best"))
+
+
+def test_sheet_that_was_asked_for_by_name_is_missed(draw, tmp_path, monkeypatch):
+    save = sample.save_png
+
+    def fail(image, path, text):
+        if path.name == "cat.png":
+            raise OSError(28, "No space left on device")
+        save(image, path, text)
+
+    monkeypatch.setattr(sample, "save_png", fail)
+    assert "no sheet; the pictures are beside it" in refusal(draw, "a cat", count=2, out=str(tmp_path / "cat.png"))
+    assert names(tmp_path) == ["cat-0.png", "cat-1.png"]
 
 
 def test_picture_of_among_is_not_overwritten(command, nano, small_clip, photos, tmp_path):

@@ -437,6 +437,14 @@ def test_best_step_weighs_both_scores(teach, small_clip, tmp_path, monkeypatch, 
     assert (f"step {best} is the best" if best < 2 else "no earlier checkpoint is better") in out
 
 
+def test_previews_between_checkpoints_recommend_nothing(teach, small_clip, tmp_path, monkeypatch, capsys):
+    """They are scored, but cannot be had, and the bar is that of the checkpoints."""
+    scored(monkeypatch, [(0.3, 0.3), (0.8, 0.2), (0.8, 0.19), (0.8, 0.3), (0.8, 0.188)])
+    out = teach(tmp_path / "out", steps=4, save_every=2, sample_every=1, clip=str(small_clip))
+    assert "no earlier checkpoint is better" in capsys.readouterr().out
+    assert len([line for line in metrics(out) if "likeness" in line]) == 4
+
+
 def test_last_step_without_a_checkpoint_is_not_compared(teach, small_clip, tmp_path, monkeypatch, capsys):
     scored(monkeypatch, [(0.3, 0.2), (0.4, 0.2), (0.5, 0.2), (0.8, 0.2)])
     out = teach(tmp_path / "out", steps=2, save_every=1, clip=str(small_clip))

@@ -99,7 +99,8 @@ class ClassImages:
         varied = any(prompt != self.plain for prompt in self.prompts(count))
         if self.captioned and not varied:
             return ["the pictures have captions and the class images are plain: what only captions name, such as "
-                    "places, may come to show your subject; --class-prompts FILE prevents it"]
+                    "places, may come to show your subject; --class-prompts FILE prevents it, or captions beside class "
+                    "images of your own"]
         if varied and not self.captioned:
             return ["the class prompts vary and the pictures have no captions: what only class prompts name may come "
                     "to show anything but your subject; captions prevent it"]

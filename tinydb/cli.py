@@ -138,15 +138,12 @@ def options_in_file(settings_class: type, path: str) -> dict[str, Any]:
     require(Path(path).is_file(), f"--config {path}: no such file; expected options in JSON, such as OUT/config.json")
     named, options = option_names(settings_class), {}
     entries = read_json(Path(path))
-    of_a_run = entries.pop("run", None) is not None  # its config.json
-    if of_a_run:
+    if entries.pop("run", None) is not None:  # it is the config.json of a run
         options = {f.name: f.metadata["before"] for f in fields(settings_class) if "before" in f.metadata}
     for key, value in entries.items():
         name = as_name(key)
         require(name in named, f"{path}: {no_such_option(settings_class, key)}")
         options[named[name].name] = tuple(value) if isinstance(value, list) else value
-    if of_a_run:  # which may have been moved
-        options["out"] = str(Path(path).parent)
     return options
 
 
@@ -236,7 +233,7 @@ def run(main: Callable[[Any], None], settings_class: type, doc: str | None, *, o
         parser.exit(130, "\n")
     except OSError as error:
         if error.errno in (errno.ENAMETOOLONG, errno.EACCES):
-            parser.fail(2, f"{error.filename}: {error.strerror}")
+            parser.fail(2, f"{error.filename}: {error.strerror}" if error.filename else str(error))
         parser.fail(1, f"{error}{after_failure}")
     except MemoryError as error:  # NumPy's and Pillow's
         parser.fail(1, f"{str(error) or 'no memory is left'}. {out_of_memory}")

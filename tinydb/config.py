@@ -283,8 +283,8 @@ class UNetConfig(PartConfig):
 
     @classmethod
     def from_dict(cls, entries: dict[str, Any], source: str):
-        """Before diffusers 0.9, models of 512 pixels were written with a sample_size of 32; 64 is what they have, and
-        what its pipeline takes for it."""
+        """Before diffusers 0.9, models of 512 pixels were written with a sample_size of 32 instead of 64; its pipeline
+        corrects that too."""
         size, version = entries.get("sample_size"), str(entries.get("_diffusers_version"))
         if re.match(r"0\.[0-8]\.", version) and isinstance(size, int) and size < 64:
             entries = {**entries, "sample_size": 64}

@@ -102,7 +102,7 @@ def random_batch(sets: list[Latents], counts: list[int], num_timesteps: int, see
     Everything comes from one CPU generator that depends on seed and step alone: a resumed run, and any split of the
     same counts over processes and micro-steps, sees the same numbers.
     """
-    # a hash of both, as (0, 1) and (1, 0) must differ; a seed may have 63 bits, of which torch's generator uses 32
+    # a hash, so that (0, 1) and (1, 0) differ; manual_seed takes 63 bits, of which torch's CPU generator uses 32
     state = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]) >> 1)
     indices, latents = [], []

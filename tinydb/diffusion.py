@@ -22,7 +22,8 @@ from tinydb.config import InputError, ScheduleConfig
 class NoiseSchedule:
     """q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I)  (arXiv 2006.11239, equation 4).
 
-    beta_t is the variance that step t of the forward process adds, and abar_t what is left of that of x_0 after it.
+    beta_t is the variance of the noise that step t of the forward process adds, and abar_t the share of x_0's variance
+    that is left after it.
     """
 
     def __init__(self, config: ScheduleConfig):
@@ -169,8 +170,8 @@ def sample(schedule: NoiseSchedule, denoiser: Callable[[Tensor, int], Tensor], l
     Yields, after each step, the latents and the clean latents that the network predicted in it: the last latents are
     the result, and the predictions a preview.
     """
-    earlier = None  # and after the last timestep comes 0, where each sampler ends in its own way
-    for timestep, next_timestep in zip(timesteps, [*timesteps[1:], 0]):
+    earlier = None
+    for timestep, next_timestep in zip(timesteps, [*timesteps[1:], 0]):  # each sampler's step says how it ends at 0
         here = torch.full((len(latents),), timestep, device=latents.device)  # (B,)
         clean, noise = schedule.clean_and_noise(denoiser(latents, timestep), latents, here)
         now = Estimate(timestep, clean, noise)

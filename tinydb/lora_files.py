@@ -29,7 +29,7 @@ RENAMES = [  # kohya's names for those that diffusers gives, or once gave
 REFUSED = {  # names that give away what is not ours to add
     r".+[._](hada_w|lokr_w|lora_mid|oft_|dora_scale|on_input|diff(_b)?$).*": "LyCORIS or DoRA",
     r"lora_te[12]_.+|lora_unet_(input|middle|output)_block.+|text_encoder_2\..+": "made for SDXL",
-    r"base_model\..+": "in PEFT's own form; diffusers' save_lora_weights writes one that is read",
+    r"base_model\..+": "in PEFT's own form, not that of diffusers' save_lora_weights",
     r"transformer\..+|lora_(unet|transformer)_(double|single|joint)_.+": "made for Flux or Stable Diffusion 3",
 }
 
@@ -50,7 +50,7 @@ def read_lora(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]
     (else it is r) of each layer by its name in kohya's; and what `save_lora` wrote beside them. InputError where it is
     something else."""
     require(path.is_file(), f"{path}: no such file; expected a LoRA file, such as OUT/{LORA_FILE} of a run")
-    require(path.suffix == ".safetensors", f"{path}: expected a .safetensors file; get it in that form")
+    require(path.suffix not in (".bin", ".ckpt", ".pt", ".pth"), f"{path}: a pickle; expected a .safetensors file")
     updates: dict[str, dict[str, Tensor]] = {}
     for stored_name, tensor in read_tensors(path).items():
         for pattern, what in REFUSED.items():

@@ -155,9 +155,9 @@ class StableDiffusion:
             latents = self.noised(init, timesteps[0], generators)
         elif latents is None:
             latents = self.initial_latents(generators, sampling.size)
-        expected = (len(prompts), self.unet.config.in_channels)
-        require(latents.ndim == 4 and latents.shape[:2] == expected,
-                f"latents of shape {tuple(latents.shape)} for {len(prompts)} prompts; expected {(*expected, 'h', 'w')}")
+        count, channels = len(prompts), self.unet.config.in_channels
+        require(latents.ndim == 4 and latents.shape[:2] == (count, channels),
+                f"latents of shape {tuple(latents.shape)} for {count} prompts; expected ({count}, {channels}, h, w)")
 
         def predict(noisy: Tensor, timestep: int, text_embeds: Tensor) -> Tensor:
             same_timesteps = torch.full((len(noisy),), timestep, device=noisy.device)  # (B,)
@@ -166,7 +166,7 @@ class StableDiffusion:
         text_embeds, negative_embeds = (self.encode_prompt(texts)
                                         for texts in (prompts, [sampling.negative] * len(prompts)))
         guided_steps = int(sampling.guidance_stop * len(timesteps))
-        stop_timestep = timesteps[guided_steps] if guided_steps < len(timesteps) else 0  # below all of them: never
+        stop_timestep = timesteps[guided_steps] if guided_steps < len(timesteps) else 0  # 0: never
         denoiser = guided(predict, text_embeds, negative_embeds, sampling.guidance_scale, stop_timestep)
         yield from sample(self.schedule, denoiser, latents.to(self.device, torch.float32), sampling.sampler, timesteps)
 

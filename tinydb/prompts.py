@@ -12,8 +12,8 @@ NOUN = "{noun}"  # stands for the class in a template
 
 def fill(template: str, noun: str) -> str:
     """A template as a prompt, with the article that the noun wants: "a {noun} at night" -> "an owl at night"."""
-    article = "an" if noun[0].lower() in "aeiou" else "a"
-    return re.sub(r"\b(a) \{noun\}", rf"\g<1>{article[1:]} {NOUN}", template, flags=re.I).replace(NOUN, noun)
+    n = "n" if noun[0].lower() in "aeiou" else ""
+    return re.sub(r"\b([aA]) \{noun\}", rf"\g<1>{n} {NOUN}", template).replace(NOUN, noun)
 
 
 def class_prompt(noun: str) -> str:
@@ -55,17 +55,18 @@ def subject_prompts(captions: list[str], identifier: str, noun: str) -> list[str
     return [(caption or usual).replace(PLACEHOLDER, identifier) for caption in captions]
 
 
-def mentions(prompt: str, identifier: str) -> bool:
-    """Whether a prompt has the identifier in it, as the text encoder reads it: as words, in capitals or not."""
-    return re.search(rf"(?<!\w){re.escape(identifier)}(?!\w)", prompt, flags=re.I) is not None
+def naming(identifier: str) -> re.Pattern:
+    """Finds the identifier in a prompt as the text encoder reads it: no letter beside it, in capitals or not."""
+    return re.compile(rf"(?<![^\W\d_]){re.escape(identifier)}(?![^\W\d_])", re.IGNORECASE)
 
 
 def prompt_remarks(tokenizer: CLIPTokenizer, prompts: list[list[str]], identifier: str) -> list[str]:
     """A line on each prompt, of the subject's pictures and of the class's, that will not teach what it should."""
+    subject = naming(identifier)
     remarks = [f"the caption {prompt!r} does not name your subject; write {PLACEHOLDER} where it stands"
-               for prompt in dict.fromkeys(prompts[0]) if not mentions(prompt, identifier)]
+               for prompt in dict.fromkeys(prompts[0]) if not subject.search(prompt)]
     remarks += [f"the class prompt {prompt!r} names your subject, whose name should mean nothing else; leave it out"
                 for prompt in dict.fromkeys(sum(prompts[1:], []))
-                if mentions(prompt, identifier) or PLACEHOLDER in prompt]
+                if subject.search(prompt) or PLACEHOLDER in prompt]
     return remarks + [f"{prompt!r} is too long for the text encoder, which will not see: {dropped!r}"
                       for prompt in dict.fromkeys(sum(prompts, [])) if (dropped := tokenizer.dropped(prompt))]

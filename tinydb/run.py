@@ -41,7 +41,8 @@ MIN_SCALE = 1e-3  # of fp16's gradients; it starts at 65536, and below this they
 
 
 class StopSignal:
-    """Remembers that the user asked the run to stop. The loop looks at the end of a step, when nothing is lost."""
+    """Remembers that the user asked the run to stop. The loop looks at the end of a step, and the drawing of class
+    images after each group of them, when nothing is lost."""
 
     def __init__(self, rank: int):
         self.asked, self.rank = False, rank
@@ -54,7 +55,7 @@ class StopSignal:
     def receive(self, number: int, frame: object) -> None:
         if not self.asked and self.rank == 0:
             with suppress(OSError):  # the terminal may be gone
-                os.write(2, b"\nstopping as soon as nothing is lost\n")  # print is not for signal handlers
+                os.write(2, b"\nstopping after this step, or these class images\n")  # print is not for signal handlers
         self.asked = True
 
     def asked_anywhere(self, device: torch.device) -> bool:
@@ -86,19 +87,23 @@ def earlier_options(settings_class: type, given: Any) -> dict[str, Any]:
     """What holds where the command line says nothing: the options in the file of --config and, to go on with a run,
     those that it noted."""
     in_file = options_in_file(settings_class, given.config) if given.config else {}
+    folder = Path(given.config or "").parent
+    if given.config == str(folder / "config.json") and (folder / "metrics.jsonl").exists():  # of a run, maybe moved
+        in_file["out"] = str(folder)
     images, out = (str(getattr(given, name) or in_file.get(name) or "") for name in ("images", "out"))
     config = Path(out or usual_folder(images)) / "config.json"
     if not (given.resume or in_file.get("resume")) or not config.exists():
         return in_file
     noted = options_in_file(settings_class, str(config))
-    left_out, weights = ["out"], Path(str(noted.get("weights")))  # the folder may have been moved since
-    if not weights.is_dir() and weights.parts[-2:] == (BOX / "tiny").parts[-2:]:  # and so may the clone with its box
+    left_out = ["out"]  # the folder may have been moved since
+    weights = Path(str(noted.get("weights")))
+    if not weights.is_dir() and weights.parts[-2:] == (BOX / "tiny").parts[-2:]:  # of another clone, the same as ours
         left_out.append("weights")
     return {name: value for name, value in noted.items() if name not in left_out} | in_file
 
 
 class Run:
-    """The folder of one run. Only the first process writes into it, but for class images, which all of them draw."""
+    """The folder of one run. Only the first process writes into it, except class images, which all of them draw."""
 
     def __init__(self, out: Path):
         self.out = Path(as_text(str(out)))  # safetensors cannot write to a path that is not UTF-8
@@ -194,8 +199,8 @@ class Run:
     def say_changes(self, settings: Any, noted: dict[str, Any], done: int) -> None:
         """What it means that a run, resumed at step `done`, differs from what was `noted` in settings that may."""
         planned = noted.get("steps", settings.steps)
-        falls_from = (1 - settings.lr_decay) * min(planned, settings.steps)
-        if planned != settings.steps and done - 1 > falls_from:
+        fewer = min(planned, settings.steps)
+        if planned != settings.steps and fewer - (done - 1) < settings.lr_decay * fewer:  # the last rate was falling
             say(f"--steps was {planned} and is now {settings.steps}: the rates fall at other steps than planned, "
                 "so the result is not that of one run")
         if noted.get("clip") != settings.clip:

@@ -121,7 +121,7 @@ class Scorer:
         self.subject = clip.images(pictures)
         self.text = clip.text([without_subject(prompt) for prompt in self.prompts[:-1]])
         self.own_fit = (self.subject @ self.text.T).mean().item()  # of the subject's own pictures to the prompts
-        require(math.isfinite(self.own_fit), "--clip: its weights hold NaN; make it anew with convert_weights.py")
+        require(math.isfinite(self.own_fit), "--clip: its weights hold NaN or infinity; convert it again")
 
     def note(self, scores: dict[str, Score], step: int, images: list[Image.Image]) -> Score:
         """Add to the scores of all steps the means of CLIP-I and CLIP-T (arXiv 2208.12242, section 4.3) over a step's
@@ -139,7 +139,7 @@ class Scorer:
 
     def best_step(self, scores: dict[str, Score], run: Run) -> int | None:
         """The last of the run's checkpoints whose learnt^5 kept comes within 6 % of the largest so far (less is noise),
-        as a step; None where there is no choice:
+        else the one that has most, as a step; None where there is no choice:
 
             learnt = how much more similar its pictures are to the subject's than those of step 0, before training
             kept   = how much better its pictures fit the prompts than the subject's own pictures do
@@ -153,7 +153,7 @@ class Scorer:
         before = scores["0"]["likeness"]
         merits = {int(step): max(score["likeness"] - before, 0) ** 5 * max(score["prompt"] - self.own_fit, 0)
                   for step, score in scores.items()}
-        enough = 0.94 * max(merits.values())  # also of steps whose checkpoints are deleted, or the bar would sink
+        enough = 0.94 * max(merits.values())  # maybe that of a deleted checkpoint: without it the bar would sink
         good = [step for step in there if merits[step] >= enough]
         return max(good, default=max(there, key=merits.get))
 

@@ -29,11 +29,16 @@ class CLIPTokenizer:
 
     def __init__(self, vocab: dict[str, int], merges: list[tuple[str, str]], pad: str = EOS, max_length: int = 77,
                  added: dict[int, dict[str, Any]] = {}):
-        self.own_vocab, self.added = vocab, added  # as its files have them; `added` may repeat tokens of `vocab`
+        self.own_vocab, self.added = vocab, added  # as the files have them; `added` may repeat tokens of `vocab`
         vocab = vocab | {token["content"]: number for number, token in added.items()}
         missing = [token for token in (BOS, EOS, pad) if token not in vocab]
         if missing:
             raise InputError(f"tokenizer: no {' and no '.join(missing)} in the vocabulary; expected CLIP's vocab.json")
+        texts = {token["content"] for token in added.values()}
+        several = [text for text in texts if f"{text}_1" in texts]
+        if several:
+            raise InputError(f"tokenizer: {min(several)!r} is a textual inversion of several vectors, which is not "
+                             "supported; get the model without it")
         self.vocab, self.merges, self.pad, self.max_length = vocab, merges, pad, max_length
         try:
             self.bpe = Tokenizer(BPE(vocab, merges, continuing_subword_prefix="", end_of_word_suffix="</w>",
@@ -41,10 +46,6 @@ class CLIPTokenizer:
         except Exception as error:  # the library raises nothing narrower
             reason = str(error).splitlines()[0]
             raise InputError(f"tokenizer: merges and vocabulary do not fit ({reason}); copy both together") from None
-        for token in added.values():
-            if any(other["content"] == f"{token['content']}_1" for other in added.values()):
-                raise InputError(f"tokenizer: {token['content']!r} is a textual inversion of several vectors, which is "
-                                 "not supported; get the model without it")
         self.bpe.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
         self.bpe.pre_tokenizer = pre_tokenizers.Sequence(

@@ -199,7 +199,7 @@ class UNet2DConditionModel(nn.Module):
             self.down_blocks.append(DownBlock(
                 channels[max(i - 1, 0)], channels[i],
                 heads[i] if "CrossAttn" in block_type else None, i == last, config))
-            skip_channels += [channels[i]] * (config.layers_per_block + (i < last))  # and one where it halves the size
+            skip_channels += [channels[i]] * (config.layers_per_block + (i < last))  # one more if it halves the size
 
         self.mid_block = MidBlock(channels[-1], heads[-1], config)
 

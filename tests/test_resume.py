@@ -404,7 +404,7 @@ def test_config_of_a_run_that_was_moved_goes_on_where_it_is(teach, tmp_path):
     first = teach(tmp_path / "first", steps=1)
     moved = shutil.copytree(first, tmp_path / "moved")
     begun = files(first)
-    options = earlier_options(train.Settings, train.Settings(config=str(moved / "config.json")))
+    options = earlier_options(train.Settings, train.Settings(config=f"{tmp_path}/./moved/config.json"))
     assert options["out"] == str(moved)
     train.main(train.Settings(**{**options, "steps": 2, "resume": True}))
     assert steps_of(moved) == [1, 2] and files(first) == begun

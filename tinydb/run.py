@@ -87,9 +87,9 @@ def earlier_options(settings_class: type, given: Any) -> dict[str, Any]:
     """What holds where the command line says nothing: the options in the file of --config and, to go on with a run,
     those that it noted."""
     in_file = options_in_file(settings_class, given.config) if given.config else {}
-    folder = Path(given.config or "").parent
-    if given.config == str(folder / "config.json") and (folder / "metrics.jsonl").exists():  # of a run, maybe moved
-        in_file["out"] = str(folder)
+    file = Path(given.config or "")
+    if file.name == "config.json" and (file.parent / "metrics.jsonl").exists():  # of a run, which may have been moved
+        in_file["out"] = str(file.parent)
     images, out = (str(getattr(given, name) or in_file.get(name) or "") for name in ("images", "out"))
     config = Path(out or usual_folder(images)) / "config.json"
     if not (given.resume or in_file.get("resume")) or not config.exists():

@@ -35,13 +35,12 @@ from tinydb.lora_files import read_lora
 from tinydb.pictures import (MOST_SHOWN, VISIBLE, describe, grid, no_picture_in, open_picture, read_description,
                              save_png)
 from tinydb.pipeline import DEFAULT_IDENTIFIER, LAST_SEED, Sampling, StableDiffusion
-from tinydb.prompts import naming, read_lines
+from tinydb.prompts import identifier_pattern, read_lines
 from tinydb.run import config_around
 from tinydb.scores import NO_CLIP, Ranking, choose_clip, subject_pictures
-from tinydb.storage import BOX, LORA_FILE, existing_parent, model_folder, newest_state
+from tinydb.storage import LORA_FILE, TINY, existing_parent, is_tiny, model_folder, newest_state
 from tinydb.tokenizer import PLACEHOLDER
 
-TINY = BOX / "tiny"
 GROUP = 4  # pictures drawn at once; guidance doubles it
 SERIES = 16  # at most so many prompts, and pictures of each, come together on one sheet
 
@@ -156,17 +155,25 @@ def check(settings: Settings, prompts: list[str]) -> None:
     taken = [str(path) for path in pictures if path.exists()]
     require(not (settings.best and taken),
             f"--out {out}: --best would overwrite {', '.join(taken[:3])}; give another name")
-    if is_file and (not pictures or settings.best == 1):  # else it is their sheet, which has no heat maps
-        pictures.append(out)
-    written = [*pictures, out] if is_file else []
-    written += [attention_path(path) for path in pictures] if settings.attention else []
-    written += [preview_path(settings)] if settings.preview else []
-    written = [path for path in written if path.exists()]
+    files = overwritten(settings, pictures)
     for flag, source in (("--init", settings.init), ("--from", settings.source), ("--among", settings.among)):
         require(source != "", f"{flag}: empty; expected a name, or leave it out")
         if source and Path(source).exists():
-            lost = [path for path in written if path.samefile(source) or path.parent.samefile(source)]
+            lost = [path for path in files if path.samefile(source) or path.parent.samefile(source)]
             require(not lost, f"--out {out}: would overwrite a picture of {flag}; give another name")
+
+
+def overwritten(settings: Settings, pictures: list[Path]) -> list[Path]:
+    """What is there already of the files whose names are known before the drawing: where --out is a file, itself and
+    the `pictures` beside it; heat maps of these; and the preview."""
+    out = Path(settings.out)
+    files = [*pictures, out] if settings.out_is_file else []
+    if settings.attention:
+        out_is_sheet = len(pictures) > 0 and settings.best != 1  # a sheet has no heat maps
+        files += [attention_path(path) for path in (pictures if out_is_sheet else files)]
+    if settings.preview:
+        files.append(preview_path(settings))
+    return [path for path in files if path.exists()]
 
 
 def newest_model() -> Path:
@@ -199,7 +206,7 @@ def learnt_on(files: list[str]) -> str:
             continue
         if not Path(base).is_dir():  # the model in the box of another clone is that of this one
             about, box = read_lora(Path(file))[1], ModelInfo.read(TINY / "tinydb.json")
-            require(Path(base).parts[-2:] == TINY.parts[-2:] and about.get("base") == box.base,
+            require(is_tiny(Path(base)) and about.get("base") == box.base,
                     f"{file}: its run began with {base}, which is not there any more; {cure}")
             base = str(TINY)
         bases.setdefault(Path(base).resolve(), base)
@@ -292,8 +299,8 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings, ra
                     progress.update()
                     if settings.preview and progress.n % settings.preview == 0:
                         with extra("preview"):
-                            sheet = grid(sd.decode(clean), len(group))
-                            save_png(sheet, preview_path(settings), f"step {progress.n} of: {prompt}")
+                            predicted = grid(sd.decode(clean), len(group))
+                            save_png(predicted, preview_path(settings), f"step {progress.n} of: {prompt}")
             drawn = sd.decode(latents)
             scores = ranking.score(drawn) if ranking else [{}] * len(drawn)
             for i, image, score in zip(group, drawn, scores):
@@ -301,9 +308,9 @@ def draw(sd: StableDiffusion, weights: Path, prompt: str, settings: Settings, ra
                 path = new_path(settings, prompt, i)
                 files.append([save(image, path, about, quiet=bool(ranking))])
                 if maps:
-                    sheet = attention_sheet(image, sd.words(prompt), maps.mean()[i - group[0]])
+                    heat_maps = attention_sheet(image, sd.words(prompt), maps.mean()[i - group[0]])
                     about = f"cross-attention of: {prompt}"
-                    files[-1].append(save(sheet, attention_path(path), about, quiet=bool(ranking)))
+                    files[-1].append(save(heat_maps, attention_path(path), about, quiet=bool(ranking)))
     if ranking:
         files = keep_best(ranking, files, settings)
     paths = [path for path, *_ in files]
@@ -369,8 +376,8 @@ def open_rankings(weights: Path, prompts: list[str], settings: Settings) -> list
         told = read_lora(Path(file))[1]
         if told.get("class"):
             about, taught = told, file
-    subject_name = naming(about.get("identifier") or DEFAULT_IDENTIFIER)
-    prompts = [subject_name.sub(PLACEHOLDER, prompt) for prompt in prompts]
+    pattern = identifier_pattern(about.get("identifier") or DEFAULT_IDENTIFIER)
+    prompts = [pattern.sub(PLACEHOLDER, prompt) for prompt in prompts]
     asked = any(PLACEHOLDER in prompt for prompt in prompts)
     subject = subject_pictures(Path(taught), clip.side) if asked else []
     if asked and not subject:

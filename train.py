@@ -45,7 +45,7 @@ from tinydb.pipeline import DEFAULT_IDENTIFIER, LAST_SEED, StableDiffusion, load
 from tinydb.prompts import prompt_remarks, read_captions, subject_prompts
 from tinydb.run import Run, StopSignal, check_finite, check_processes, earlier_options, memory_plan, usual_folder
 from tinydb.scores import Scorer, choose_clip
-from tinydb.storage import (BOX, LORA_FILE, WEIGHT_FILES, check_tensors, checkpoints, model_folder, read_tensors,
+from tinydb.storage import (LORA_FILE, TINY, WEIGHT_FILES, check_tensors, checkpoints, model_folder, read_tensors,
                             save_tensors, written_whole)
 from tinydb.unet import Transformer2DModel
 
@@ -60,7 +60,7 @@ class Settings(Checked):
 
     images: str = option("", "folder with 3 to 6 pictures of your subject", free=True)
     class_noun: str = option("", "what it is, in a word the model knows: dog, teapot", flag="--class", metavar="NOUN")
-    weights: str = option(str(BOX / "tiny"), "model folder to start from", free=True)
+    weights: str = option(str(TINY), "model folder to start from", free=True)
     out: str | None = option(None, "folder to write (default: runs/<name of IMAGES>)", free=True)
     identifier: str = option(DEFAULT_IDENTIFIER, "the word that will name your subject; a rare one without a meaning")
     steps: int | None = option(None, "training steps (default: the model's recipe)", least=1, free=True)

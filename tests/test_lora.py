@@ -222,8 +222,8 @@ def of_diffusers(form: str, tensors: dict[str, Tensor], sd: StableDiffusion) -> 
         elif form == "transformers 5":
             new = f"{path.replace('text_encoder.text_model', 'text_encoder')}.lora_{'B' if is_up else 'A'}.weight"
         elif form == "oldest" and path.endswith("_proj"):
-            new = f"{path.removesuffix('_proj')}".replace("self_attn.", "self_attn.to_")
-            new = f"{new}_lora.{'up' if is_up else 'down'}.weight"
+            oldest = path.removesuffix("_proj").replace("self_attn.", "self_attn.to_")
+            new = f"{oldest}_lora.{'up' if is_up else 'down'}.weight"
         elif form in ("processor", "oldest") and ".attn" in path:
             module, _, last = path.removesuffix(".0").rpartition(".")
             new = f"{module}.processor.{last}_lora.{'up' if is_up else 'down'}.weight"

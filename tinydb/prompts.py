@@ -55,18 +55,18 @@ def subject_prompts(captions: list[str], identifier: str, noun: str) -> list[str
     return [(caption or usual).replace(PLACEHOLDER, identifier) for caption in captions]
 
 
-def naming(identifier: str) -> re.Pattern:
+def identifier_pattern(identifier: str) -> re.Pattern:
     """Finds the identifier in a prompt as the text encoder reads it: no letter beside it, in capitals or not."""
     return re.compile(rf"(?<![^\W\d_]){re.escape(identifier)}(?![^\W\d_])", re.IGNORECASE)
 
 
 def prompt_remarks(tokenizer: CLIPTokenizer, prompts: list[list[str]], identifier: str) -> list[str]:
     """A line on each prompt, of the subject's pictures and of the class's, that will not teach what it should."""
-    subject = naming(identifier)
+    pattern = identifier_pattern(identifier)
     remarks = [f"the caption {prompt!r} does not name your subject; write {PLACEHOLDER} where it stands"
-               for prompt in dict.fromkeys(prompts[0]) if not subject.search(prompt)]
+               for prompt in dict.fromkeys(prompts[0]) if not pattern.search(prompt)]
     remarks += [f"the class prompt {prompt!r} names your subject, whose name should mean nothing else; leave it out"
                 for prompt in dict.fromkeys(sum(prompts[1:], []))
-                if subject.search(prompt) or PLACEHOLDER in prompt]
+                if pattern.search(prompt) or PLACEHOLDER in prompt]
     return remarks + [f"{prompt!r} is too long for the text encoder, which will not see: {dropped!r}"
                       for prompt in dict.fromkeys(sum(prompts, [])) if (dropped := tokenizer.dropped(prompt))]

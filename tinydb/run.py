@@ -28,7 +28,7 @@ from tinydb.lora_files import read_lora
 from tinydb.pictures import MOST_SHOWN, grid, save_png
 from tinydb.pipeline import StableDiffusion
 from tinydb.report import sample_command, write_report
-from tinydb.storage import (BOX, LORA_FILE, by_step, check_free_disk, checkpoints, lock, remove, step_of, sweep,
+from tinydb.storage import (LORA_FILE, by_step, check_free_disk, checkpoints, is_tiny, lock, remove, step_of, sweep,
                             written_whole)
 from tinydb.tokenizer import PLACEHOLDER
 
@@ -75,10 +75,15 @@ def usual_folder(images: str) -> str:
     return str(Path("runs") / Path(images).resolve().name)
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is the OUT of a run that got as far as its steps."""
+    return (folder / "config.json").exists() and (folder / "metrics.jsonl").exists()
+
+
 def config_around(path: Path) -> dict[str, Any]:
     """The config.json of the run in whose OUT a model, a checkpoint or a file in one lies; empty for one elsewhere."""
     for folder in path.absolute().parents[:3]:
-        if (folder / "config.json").exists() and (folder / "metrics.jsonl").exists():
+        if is_run(folder):
             return read_json(folder / "config.json")
     return {}
 
@@ -88,7 +93,7 @@ def earlier_options(settings_class: type, given: Any) -> dict[str, Any]:
     those that it noted."""
     in_file = options_in_file(settings_class, given.config) if given.config else {}
     file = Path(given.config or "")
-    if file.name == "config.json" and (file.parent / "metrics.jsonl").exists():  # of a run, which may have been moved
+    if file.name == "config.json" and is_run(file.parent):  # which may have been moved
         in_file["out"] = str(file.parent)
     images, out = (str(getattr(given, name) or in_file.get(name) or "") for name in ("images", "out"))
     config = Path(out or usual_folder(images)) / "config.json"
@@ -97,7 +102,7 @@ def earlier_options(settings_class: type, given: Any) -> dict[str, Any]:
     noted = options_in_file(settings_class, str(config))
     left_out = ["out"]  # the folder may have been moved since
     weights = Path(str(noted.get("weights")))
-    if not weights.is_dir() and weights.parts[-2:] == (BOX / "tiny").parts[-2:]:  # of another clone, the same as ours
+    if not weights.is_dir() and is_tiny(weights):  # of another clone; ours is the same
         left_out.append("weights")
     return {name: value for name, value in noted.items() if name not in left_out} | in_file
 
@@ -200,7 +205,7 @@ class Run:
         """What it means that a run, resumed at step `done`, differs from what was `noted` in settings that may."""
         planned = noted.get("steps", settings.steps)
         fewer = min(planned, settings.steps)
-        if planned != settings.steps and fewer - (done - 1) < settings.lr_decay * fewer:  # the last rate was falling
+        if planned != settings.steps and fewer - (done - 1) < settings.lr_decay * fewer:  # in the last step they fell
             say(f"--steps was {planned} and is now {settings.steps}: the rates fall at other steps than planned, "
                 "so the result is not that of one run")
         if noted.get("clip") != settings.clip:

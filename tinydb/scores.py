@@ -147,12 +147,14 @@ class Scorer:
         The fifth power is there because CLIP sees little of what is learnt last: a thing with the subject's colours but
         without its markings has nine tenths of "learnt" already. `scores` of all steps so far.
         """
-        there = [int(step) for step in scores if run.checkpoint(int(step)).exists()]
-        if self.clip is None or "0" not in scores or len(there) < 2:
+        if self.clip is None or "0" not in scores:
             return None
         before = scores["0"]["likeness"]
         merits = {int(step): max(score["likeness"] - before, 0) ** 5 * max(score["prompt"] - self.own_fit, 0)
                   for step, score in scores.items()}
+        there = [step for step in merits if run.checkpoint(step).exists()]
+        if len(there) < 2:
+            return None
         enough = 0.94 * max(merits.values())  # maybe that of a deleted checkpoint: without it the bar would sink
         good = [step for step in there if merits[step] >= enough]
         return max(good, default=max(there, key=merits.get))

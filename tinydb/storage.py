@@ -33,6 +33,7 @@ WEIGHT_FILES = {"text_encoder": "model.safetensors", "unet": "diffusion_pytorch_
 LORA_FILE = "lora.safetensors"
 HERE = re.sub(r"\W+", "-", platform.node())  # in names of temporary files: process numbers are a machine's own
 BOX = Path(__file__).parent.parent / "weights"  # of the clone, with `tiny` and `tiny-clip` in it
+TINY = BOX / "tiny"
 
 # Names that older and newer programs gave to the same tensors; None drops a buffer that is no weight.
 RENAMES = {
@@ -297,6 +298,11 @@ def model_folder(name: str | Path) -> Path:
         require(not inside, f"{folder}: not a model folder, but {', '.join(map(str, inside[:5]))} is; give that")
         require(not (folder / ".lock").exists(), f"{folder}: a run that saved nothing yet; --resume goes on with it")
     return folder
+
+
+def is_tiny(path: Path) -> bool:
+    """Whether a path is that of the model in the box, in this clone or in another one, which may be gone."""
+    return path.parts[-2:] == TINY.parts[-2:]
 
 
 def existing_parent(path: Path) -> Path:
